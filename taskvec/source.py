@@ -1,0 +1,137 @@
+"""Named tensors, read one at a time: what every checkpoint, adapter and state dict is to the rest of the library."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from taskvec.errors import MissingTensorError, did_you_mean
+
+Stack = Annotated[Tensor, "task *shape"]
+"""One tensor of every task vector, stacked in task order."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a header says of one tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+@runtime_checkable
+class TensorSource(Protocol):
+    """Named tensors behind one door. Opening reads headers only; tensors are read when asked for.
+
+    `label` names the source in messages. `infos` is in the order cheapest to read. `aliases` maps a name that shares
+    another's storage (a tied head) to that other name; both are in `infos`.
+    """
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]: ...
+    @property
+    def aliases(self) -> Mapping[str, str]: ...
+    def read(self, name: str) -> Tensor:
+        """The whole tensor in its stored dtype. Callers do not write into it."""
+        ...
+
+    def read_flat(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements `start` to `stop` of the tensor in row-major order, one-dimensional, stored dtype."""
+        ...
+
+
+class InMemory:
+    """A state dict as a source. Tensors that share storage, shape and strides are one tensor with several names."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], *, label: str = "state dict"):
+        self.label = label
+        self._tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+        self.infos: Mapping[str, TensorInfo] = {
+            name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in self._tensors.items()
+        }
+        self.aliases: Mapping[str, str] = shared_storage(self._tensors)
+
+    def read(self, name: str) -> Tensor:
+        if name not in self._tensors:
+            raise MissingTensorError(f"{self.label} has no tensor {name!r}." + did_you_mean(name, self._tensors))
+        return self._tensors[name]
+
+    def read_flat(self, name: str, start: int, stop: int) -> Tensor:
+        return self.read(name).reshape(-1)[start:stop]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.infos)
+
+
+def in_memory(tensors: "Mapping[str, Tensor] | torch.nn.Module", *, label: str = "state dict") -> InMemory:
+    """A state dict or a module as a source (no copy; tied parameters are noticed)."""
+    if isinstance(tensors, torch.nn.Module):
+        return InMemory(tensors.state_dict(keep_vars=True), label=type(tensors).__name__)
+    return InMemory(tensors, label=label)
+
+
+def shared_storage(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Name to first name, for each tensor that is the same piece of memory as an earlier one."""
+    first: dict[tuple[object, ...], str] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        if tensor.numel() == 0 or tensor.device.type == "meta":
+            continue
+        key = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if key in first:
+            aliases[name] = first[key]
+        else:
+            first[key] = name
+    return aliases
+
+
+def names_matching(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    """The names that match any of the shell-style patterns (`*` also crosses dots), in their own order."""
+    from fnmatch import fnmatchcase
+
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """A delta kept as a product: `(left @ right).reshape(shape)`, in the orientation in which the base stores it.
+
+    The scaling (alpha / r and the like) is already inside `left`. `left` is [rows, rank] and `right` [rank, columns],
+    float32 (or float64); rows * columns = numel of `shape`. A convolution has rows = out, columns = in * kernel.
+    """
+
+    left: Tensor
+    right: Tensor
+    shape: tuple[int, ...]
+
+    @property
+    def rank(self) -> int:
+        return int(self.left.shape[1])
+
+    def dense(self) -> Tensor:
+        return (self.left @ self.right).reshape(self.shape)
+
+
+@runtime_checkable
+class DeltaSource(TensorSource, Protocol):
+    """A source whose tensors are differences to a base, in float32 (or float64), shaped as the base's tensors.
+
+    A name of the base that is absent here has a delta of zero.
+    """
+
+    def low_rank(self, name: str) -> LowRank | None:
+        """The delta as a product of factors, or None if it is dense."""
+        ...
