@@ -1,0 +1,452 @@
+"""Concrete masks over task vectors: sampling, rescaling, merging, and their gradients in closed form.
+
+A mask weighs every element of a task vector: θ = θ0 + m ⊙ Σ λ_i τ_i. It is learned through logits ℓ by the binary
+concrete relaxation s = σ((ℓ + log u − log(1 − u)) / temperature), u uniform, and each tensor of a sample is divided by
+its own mean, so that a mask redistributes a task vector inside each tensor and never shrinks it. Concrete subspace
+merging (arXiv:2312.06173) and DAM (arXiv:2410.13910) both train such masks.
+
+Everything here also runs under autograd when the logits, coefficients or masks require gradients; training does not use
+that, since the gradients are known: for g = ∂L/∂θ and T = Σ λ_i τ_i, with n elements and mean μ in a tensor,
+
+    ∂L/∂m = a = g ⊙ T        ∂L/∂s = (a − ⟨a, m⟩ / n) / μ        ∂L/∂ℓ = ∂L/∂s ⊙ s (1 − s) / temperature
+    ∂L/∂λ_i = ⟨g ⊙ m, τ_i⟩
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, overload
+
+import torch
+from torch import Tensor
+
+from taskvec.errors import MismatchError, MissingTensorError, ParameterError, Problems, UsageError, did_you_mean
+from taskvec.precision import compute_dtype, is_float, rounded
+
+Tensors = Mapping[str, Tensor]
+Vector = Any
+"""One task vector: a mapping name to delta, or anything with `.infos` and `.read(name)`."""
+Vectors = Mapping[str, Vector] | Sequence[Vector]
+
+
+def saturation(dtype: torch.dtype) -> float:
+    """How close to 0 and 1 a probability of this dtype gets: 2^-23 for float32.
+
+    The relaxed Bernoulli of torch works from probabilities clamped to [eps, 1 - eps]: a float32 logit acts as if
+    limited to about 15.94, with gradient zero beyond. The published masks were trained with that, so we do the same.
+    """
+    return torch.finfo(dtype).eps
+
+
+# -- noise -------------------------------------------------------------------------------------------------------------
+
+
+def noise_key(seed: int, step: int, name: str) -> tuple[int, int]:
+    """Two 32-bit keys for one tensor's noise at one step; equal on every machine."""
+    digest = hashlib.blake2b(f"{seed}|{step}|{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little", signed=True), int.from_bytes(digest[4:], "little", signed=True)
+
+
+def _mix(bits: Tensor) -> Tensor:
+    """One round of a 32-bit integer hash with low bias (constants: C. Wellons, "Hash function prospector")."""
+    bits ^= (bits >> 16) & 0xFFFF
+    bits *= 0x7FEB352D
+    bits ^= (bits >> 15) & 0x1FFFF
+    bits *= -2073254261  # 0x846ca68b as a signed number
+    bits ^= (bits >> 16) & 0xFFFF
+    return bits
+
+
+def uniform_noise(
+    key: tuple[int, int], start: int, stop: int, device: "torch.device | str | None" = None
+) -> Annotated[Tensor, "element"]:
+    """Uniform numbers in (0, 1) for elements `start` to `stop` of one tensor.
+
+    Counter-based: element k depends on the key and on k alone, so cutting a tensor into pieces, or moving it to another
+    device, changes nothing, and noise is drawn again where it is needed instead of being stored.
+
+    Args:
+        key: from `noise_key`.
+        start: first element, row-major.
+        stop: one past the last; at most 2^31.
+        device: where to make them.
+    """
+    bits = torch.arange(start, stop, dtype=torch.int32, device=device)
+    bits *= -1640531527  # 2^32 / golden ratio, odd: a bijection that spreads neighbours
+    bits += key[0]
+    bits = _mix(bits)
+    bits ^= key[1]
+    bits = _mix(bits)
+    # 23 bits and a half: exactly representable, never 0 or 1
+    return ((bits >> 9) & 0x7FFFFF).to(torch.float32).add_(0.5).mul_(2.0**-23)
+
+
+# -- masks -------------------------------------------------------------------------------------------------------------
+
+
+def clamped_logit(probability: Tensor) -> Tensor:
+    """The logit log p − log(1 − p), from p clamped to [2^-23, 1 − 2^-23] (float32)."""
+    eps = saturation(probability.dtype)
+    probability = probability.clamp(eps, 1 - eps)
+    return probability.log() - torch.log1p(-probability)
+
+
+def relaxed(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
+    """One relaxed Bernoulli sample, σ((ℓ + log u − log(1 − u)) / temperature), saturating as torch's does."""
+    sample = torch.sigmoid((clamped_logit(uniform) + clamped_logit(torch.sigmoid(logits))) / temperature)
+    return sample.clamp(torch.finfo(sample.dtype).tiny, 1 - torch.finfo(sample.dtype).eps)
+
+
+def relaxed_slope(logits: Tensor, sample: Tensor, temperature: float) -> Tensor:
+    """∂s/∂ℓ = s (1 − s) / temperature, zero where the logit has saturated."""
+    probability = torch.sigmoid(logits)
+    eps = saturation(probability.dtype)
+    moves = (probability >= eps) & (probability <= 1 - eps)
+    return torch.where(moves, sample * (1 - sample) / temperature, 0.0)
+
+
+def rescale_gradient(cotangent: Tensor, sample: Tensor) -> Tensor:
+    """∂L/∂s of one tensor, for m = s / mean(s) and cotangent = ∂L/∂m."""
+    mean = sample.mean()
+    return (cotangent - (cotangent * sample).mean() / mean) / mean
+
+
+@overload
+def rescale(mask: Tensor) -> Tensor: ...
+@overload
+def rescale(mask: Tensors) -> dict[str, Tensor]: ...
+def rescale(mask: Tensor | Tensors) -> Tensor | dict[str, Tensor]:
+    """Each tensor of the mask divided by its own mean, so that every tensor's mask has mean 1.
+
+    Args:
+        mask: name to tensor with values in [0, 1], or one tensor. A tensor that is zero everywhere stays zero
+            (the authors' code divides 0 by 0 there).
+    """
+    if isinstance(mask, Tensor):
+        mean = mask.mean()
+        return mask / torch.where(mean == 0, torch.ones_like(mean), mean)
+    return {name: rescale(tensor) for name, tensor in mask.items()}
+
+
+def density(mask: Tensors) -> Tensor:
+    """Mean over all elements of all tensors: the fraction of the task vector that a 0/1 mask keeps."""
+    total = sum(tensor.sum(dtype=torch.float64) for tensor in mask.values())
+    return torch.as_tensor(total / max(1, sum(tensor.numel() for tensor in mask.values())), dtype=torch.float64)
+
+
+class ConcreteMask:
+    """A mask learned through logits, one per element of each tensor.
+
+    Sampling draws from the binary concrete distribution; `mean` is the probability itself. Nothing is rescaled here:
+    `rescale(mask.sample(...))` is what a merge takes.
+
+    Args:
+        logits: name to logits. They are used as given (no copy), so an optimiser may own them.
+        temperature: of the relaxation, > 0; the smaller, the closer samples are to 0 and 1.
+
+    Raises:
+        ParameterError: the temperature is not positive, or a logit tensor is not floating.
+    """
+
+    def __init__(self, logits: Tensors, temperature: float = 0.5):
+        problems = Problems()
+        if not temperature > 0:
+            problems.add(
+                f"temperature: {temperature} is not positive; the relaxation is defined for > 0 (published: 0.5)"
+            )
+        for name, tensor in logits.items():
+            if not tensor.is_floating_point():
+                problems.add(f"{name}: logits are {tensor.dtype}, expected a floating dtype")
+        problems.raise_if_any(ParameterError)
+        self.logits = dict(logits)
+        self.temperature = float(temperature)
+        self._drawn: Tensors | None = None
+
+    @classmethod
+    def constant(
+        cls,
+        shapes: Mapping[str, Sequence[int]],
+        logit: float = 0.0,
+        temperature: float = 0.5,
+        *,
+        device: "torch.device | str | None" = None,
+    ) -> "ConcreteMask":
+        """A mask with the same logit everywhere (0: probability one half).
+
+        Args:
+            shapes: name to shape.
+            logit: the starting value.
+            temperature: of the relaxation.
+            device: where the logits live.
+        """
+        return cls(
+            {name: torch.full(tuple(shape), logit, device=device) for name, shape in shapes.items()}, temperature
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.logits)
+
+    def uniform(self, seed: int, step: int = 0) -> dict[str, Tensor]:
+        """The counter-based noise of one step, in the shape of the logits."""
+        return {
+            name: uniform_noise(noise_key(seed, step, name), 0, tensor.numel(), tensor.device).view(tensor.shape)
+            for name, tensor in self.logits.items()
+        }
+
+    def sample(self, uniform: Tensors | None = None, *, seed: int | None = None, step: int = 0) -> dict[str, Tensor]:
+        """One relaxed sample, values in (0, 1).
+
+        Args:
+            uniform: name to numbers in [0, 1], shaped as the logits.
+            seed: draw counter-based noise of this seed instead.
+            step: which draw of that seed.
+
+        Raises:
+            UsageError: neither or both of `uniform` and `seed` are given.
+            MismatchError: noise is missing for a tensor, or has another shape.
+        """
+        noise = self._noise(uniform, seed, step)
+        self._drawn = noise
+        return {
+            name: relaxed(tensor, noise[name].to(tensor.dtype), self.temperature)
+            for name, tensor in self.logits.items()
+        }
+
+    def bernoulli(self, uniform: Tensors | None = None, *, seed: int | None = None, step: int = 0) -> dict[str, Tensor]:
+        """One hard sample: 1 with probability σ(ℓ), else 0. Arguments as in `sample`."""
+        noise = self._noise(uniform, seed, step)
+        return {
+            name: (noise[name].to(tensor.dtype) < torch.sigmoid(tensor)).to(tensor.dtype)
+            for name, tensor in self.logits.items()
+        }
+
+    def mean(self) -> dict[str, Tensor]:
+        """The probabilities σ(ℓ): the mean of the 0/1 mask, and the chance that a relaxed sample exceeds one half."""
+        return {name: torch.sigmoid(tensor) for name, tensor in self.logits.items()}
+
+    @torch.no_grad()
+    def gradient(
+        self, cotangent: Tensors, uniform: Tensors | None = None, *, rescaled: bool = True
+    ) -> dict[str, Tensor]:
+        """∂/∂ℓ of Σ cotangent ⊙ rescale(sample), in closed form.
+
+        Args:
+            cotangent: name to ∂L/∂m, shaped as the logits.
+            uniform: the noise of the sample; default: that of the last call of `sample`.
+            rescaled: whether the sample was rescaled before use.
+
+        Raises:
+            UsageError: no noise given, and `sample` was never called.
+        """
+        if uniform is None:
+            if self._drawn is None:
+                raise UsageError(
+                    "gradient: no sample has been drawn; call sample() first, or pass its noise as `uniform`"
+                )
+            uniform = self._drawn
+        noise = self._noise(uniform, None, 0)
+        self._check(cotangent, "cotangent")
+        gradients = {}
+        for name, tensor in self.logits.items():
+            sample = relaxed(tensor, noise[name].to(tensor.dtype), self.temperature)
+            slope = relaxed_slope(tensor, sample, self.temperature)
+            upstream = rescale_gradient(cotangent[name], sample) if rescaled else cotangent[name]
+            gradients[name] = upstream * slope
+        return gradients
+
+    def _noise(self, uniform: Tensors | None, seed: int | None, step: int) -> Tensors:
+        if (uniform is None) == (seed is None):
+            raise UsageError("sample: give either `uniform` (recorded noise) or `seed`, and not both")
+        if seed is not None:
+            return self.uniform(seed, step)
+        self._check(uniform or {}, "noise")
+        return uniform or {}
+
+    def _check(self, tensors: Tensors, what: str) -> None:
+        problems = Problems()
+        for name, tensor in self.logits.items():
+            if name not in tensors:
+                problems.add(f"{name}: no {what} given.{did_you_mean(name, tensors)}")
+            elif tensors[name].shape != tensor.shape:
+                problems.add(f"{name}: {what} has {list(tensors[name].shape)}, the logits have {list(tensor.shape)}")
+        problems.raise_if_any(MismatchError)
+
+
+# -- merging -----------------------------------------------------------------------------------------------------------
+
+
+def delta(vector: Vector, name: str) -> Tensor | None:
+    """One tensor of a task vector (a mapping, or anything with `infos` and `read`), or None where it has none."""
+    if isinstance(vector, Mapping):
+        return vector.get(name)
+    return vector.read(name) if name in vector.infos else None
+
+
+def vector_names(vector: Vector) -> Sequence[str]:
+    """The names of a task vector's tensors."""
+    return list(vector) if isinstance(vector, Mapping) else list(vector.infos)
+
+
+def merged_names(base: Tensors, vectors: Sequence[Vector]) -> list[str]:
+    """The tensors that a merge changes, in the base's order: floating, and in at least one task vector."""
+    present = {name for vector in vectors for name in vector_names(vector)}
+    return [name for name, tensor in base.items() if name in present and is_float(tensor.dtype)]
+
+
+def masked_merge(
+    base: Tensors,
+    vectors: Vectors,
+    coefficients: "Tensor | Sequence[float]",
+    mask: "Tensors | Sequence[Tensors] | None" = None,
+    *,
+    clamp: bool = False,
+    order: Sequence[str] | None = None,
+) -> dict[str, Tensor]:
+    """θ0 + m ⊙ Σ λ_i τ_i, tensor by tensor.
+
+    Args:
+        base: name to tensor; everything in it is returned, tensors without a task vector unchanged.
+        vectors: task vectors in task order: name to delta, or `TaskVector`s.
+        coefficients: λ, [task], or [task, layer] with one column per merged tensor.
+        mask: name to weights, already rescaled where that is wanted; one mask for all tasks, or a sequence with one
+            mask per task (θ0 + Σ λ_i m_i ⊙ τ_i). None merges without a mask.
+        clamp: clamp the coefficients to [0, 1] first (the authors' `clamp_weights`).
+        order: tensor names in the order of the coefficients' columns; default: the base's order.
+
+    Returns:
+        name to tensor, each in the base's dtype (sums in float32, one rounding).
+
+    Raises:
+        MismatchError: names, shapes or counts that do not fit; every one is listed.
+
+    Paper: arXiv:2410.13910. The authors scale, mask and add each task vector in turn; the sum is the same.
+    """
+    tasks = list(vectors.values()) if isinstance(vectors, Mapping) else list(vectors)
+    names = list(order) if order is not None else merged_names(base, tasks)
+    weights = torch.as_tensor(coefficients)
+    weights = weights if weights.is_floating_point() else weights.to(torch.float32)
+    masks = _masks(mask, len(tasks))
+    _check_merge(base, tasks, weights, masks, names)
+    if clamp:
+        weights = weights.clamp(0, 1)
+    merged = dict(base)
+    for column, name in enumerate(names):
+        dtype = compute_dtype(base[name].dtype)
+        layer = weights if weights.ndim == 1 else weights[:, column]
+        total: Tensor | None = None
+        for index, vector in enumerate(tasks):
+            found = delta(vector, name)
+            if found is None:
+                continue
+            term = layer[index].to(base[name].device, dtype) * found.to(base[name].device, dtype)
+            if len(masks) > 1:
+                term = masks[index][name].to(term) * term
+            total = term if total is None else total + term
+        if total is None:
+            continue
+        if len(masks) == 1:
+            total = masks[0][name].to(total) * total
+        merged[name] = rounded(base[name].to(dtype) + total, base[name].dtype, where=name)[0]
+    return merged
+
+
+@torch.no_grad()
+def masked_merge_gradient(
+    cotangent: Tensors,
+    vectors: Vectors,
+    coefficients: "Tensor | Sequence[float]",
+    mask: Tensors | None = None,
+    *,
+    clamp: bool = False,
+    order: Sequence[str] | None = None,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """∂L/∂m and ∂L/∂λ of a masked merge, from g = ∂L/∂θ, without a graph through the merge.
+
+    Args:
+        cotangent: name to g, in the base's order; tensors without a task vector are passed over.
+        vectors: as in `masked_merge`.
+        coefficients: as in `masked_merge`.
+        mask: as in `masked_merge`, one for all tasks.
+        clamp: whether the merge clamped its coefficients: their gradient is zero outside [0, 1].
+        order: as in `masked_merge`.
+
+    Returns:
+        (name to ∂L/∂m, ∂L/∂λ shaped as the coefficients).
+    """
+    tasks = list(vectors.values()) if isinstance(vectors, Mapping) else list(vectors)
+    names = list(order) if order is not None else merged_names(cotangent, tasks)
+    weights = torch.as_tensor(coefficients)
+    weights = weights if weights.is_floating_point() else weights.to(torch.float32)
+    _check_merge(cotangent, tasks, weights, _masks(mask, len(tasks)), names)
+    used = weights.clamp(0, 1) if clamp else weights
+    gradient = torch.zeros_like(weights)
+    masks: dict[str, Tensor] = {}
+    for column, name in enumerate(names):
+        upstream = cotangent[name].to(compute_dtype(cotangent[name].dtype))
+        weighed = upstream if mask is None else upstream * mask[name].to(upstream)
+        total = torch.zeros_like(upstream)
+        for index, vector in enumerate(tasks):
+            found = delta(vector, name)
+            if found is None:
+                continue
+            found = found.to(upstream)
+            share = (weighed * found).sum()
+            if weights.ndim == 1:
+                gradient[index] += share
+                total += used[index] * found
+            else:
+                gradient[index, column] = share
+                total += used[index, column] * found
+        masks[name] = upstream * total
+    if clamp:
+        gradient = gradient * ((weights >= 0) & (weights <= 1))
+    return masks, gradient
+
+
+def _masks(mask: "Tensors | Sequence[Tensors] | None", tasks: int) -> list[Tensors]:
+    if mask is None:
+        return []
+    if isinstance(mask, Mapping):
+        return [mask]
+    if len(mask) != tasks:
+        raise MismatchError([f"{len(mask)} masks for {tasks} task vectors; give one for all, or one each"])
+    return list(mask) if tasks != 1 else [mask[0]]
+
+
+def _check_merge(
+    base: Tensors, tasks: Sequence[Vector], coefficients: Tensor, masks: Sequence[Tensors], names: Sequence[str]
+) -> None:
+    problems = Problems()
+    if not tasks:
+        problems.add("no task vectors given; expected at least one")
+    wanted = f"[{len(tasks)}] or [{len(tasks)}, {len(names)}] (one column per merged tensor)"
+    shape = list(coefficients.shape)
+    if shape not in ([len(tasks)], [len(tasks), len(names)]):
+        problems.add(f"coefficients have shape {shape}, expected {wanted}")
+    for name in names:
+        if name not in base:
+            problems.add(f"{name}: not in the base.{did_you_mean(name, base)}")
+    for index, vector in enumerate(tasks):
+        for name in vector_names(vector):
+            if name not in base:
+                problems.add(f"{name}: in task vector {index}, not in the base. Was it made from another base?")
+                continue
+            found = vector[name].shape if isinstance(vector, Mapping) else vector.infos[name].shape
+            if tuple(found) != tuple(base[name].shape):
+                problems.add(f"{name}: task vector {index} has {list(found)}, the base has {list(base[name].shape)}")
+    for mask in masks:
+        for name in names:
+            if name not in mask:
+                problems.add(f"{name}: the mask has no such tensor; give ones where a tensor is merged whole")
+            elif name in base and mask[name].shape != base[name].shape:
+                problems.add(f"{name}: mask has {list(mask[name].shape)}, the base has {list(base[name].shape)}")
+        for name in mask:
+            if name not in base:
+                problems.add(f"{name}: in the mask, not in the base. Was the mask learned for another model?")
+    problems.raise_if_any(MismatchError)
+
+
+def require(tensors: Tensors, name: str, what: str) -> Tensor:
+    """`tensors[name]`, or an error that names what was looked for."""
+    if name not in tensors:
+        raise MissingTensorError(f"{what} has no tensor {name!r}." + did_you_mean(name, tensors))
+    return tensors[name]
