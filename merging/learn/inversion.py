@@ -1,0 +1,296 @@
+"""Perturbations of inputs that a safety mask is trained against, and their search by trigger inversion.
+
+A backdoor is a small change of the input that sends everything to one class. Inversion looks for it: for each candidate
+class, a patch or a pattern of bounded size is optimised until it flips clean inputs to that class (the search of Neural
+Cleanse, Wang et al. 2019, with a hard size budget in place of a penalty). Nothing here needs labels.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from taskvec.errors import DataError
+
+Batch = Any
+
+
+# -- where a batch can be perturbed ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """The tensor of a batch that can be perturbed, and how to put a changed one back."""
+
+    inputs: Tensor
+    put: Callable[[Tensor], Batch]
+
+
+def place(module: nn.Module, batch: Batch) -> Placed:
+    """The floating tensor of a batch: the batch itself, `pixel_values`, `inputs_embeds`, or the embedded `input_ids`.
+
+    Args:
+        module: the encoder; its `get_input_embeddings()` turns token ids into vectors.
+        batch: a tensor, or a mapping of tensors.
+
+    Raises:
+        DataError: nothing in the batch can be perturbed.
+    """
+    if isinstance(batch, Tensor):
+        if not batch.is_floating_point():
+            raise DataError(
+                f"inputs are {batch.dtype}; perturbations need floating inputs, or a mapping with input_ids"
+            )
+        return Placed(batch, lambda inputs: inputs)
+    for key in ("pixel_values", "inputs_embeds"):
+        if key in batch:
+            return Placed(batch[key], lambda inputs, key=key: {**batch, key: inputs})  # type: ignore[misc]
+    if "input_ids" in batch and hasattr(module, "get_input_embeddings"):
+        table: Any = module.get_input_embeddings
+        embedded = table()(batch["input_ids"])
+        rest = {key: value for key, value in batch.items() if key != "input_ids"}
+        return Placed(embedded, lambda inputs: {**rest, "inputs_embeds": inputs})
+    floating = [key for key, value in batch.items() if isinstance(value, Tensor) and value.is_floating_point()]
+    if len(floating) == 1:
+        return Placed(batch[floating[0]], lambda inputs: {**batch, floating[0]: inputs})
+    raise DataError(
+        f"batch with {', '.join(map(str, batch))}: no pixel_values, inputs_embeds or input_ids, and not exactly one "
+        "floating tensor, so there is nothing to perturb. Set safety='none', or give one of these."
+    )
+
+
+def clipped(inputs: Tensor, low: Tensor | None, high: Tensor | None) -> Tensor:
+    """`inputs` limited to the valid range, where there is one."""
+    return inputs if low is None or high is None else torch.maximum(torch.minimum(inputs, high), low)
+
+
+# -- perturbations -----------------------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class Perturbation(Protocol):
+    """A change of inputs with numbers that can be optimised."""
+
+    @property
+    def variables(self) -> Sequence[Tensor]: ...
+    def __call__(self, inputs: Tensor) -> Tensor: ...
+    def project_(self) -> None:
+        """Bring the variables back into the budget."""
+        ...
+
+
+class Additive:
+    """x + δ, clipped to the valid range; δ within a norm budget, broadcast over the batch.
+
+    Args:
+        delta: δ; its leading dimensions may be missing or 1.
+        budget: largest norm, in the inputs' own units.
+        norm: "linf", or "l2" over the whole of δ.
+        low: lowest valid input, broadcastable, or None.
+        high: highest valid input.
+    """
+
+    def __init__(
+        self,
+        delta: Tensor,
+        budget: float,
+        norm: Literal["linf", "l2"] = "linf",
+        low: Tensor | None = None,
+        high: Tensor | None = None,
+    ):
+        self.delta, self.budget, self.norm, self.low, self.high = delta, budget, norm, low, high
+
+    @property
+    def variables(self) -> Sequence[Tensor]:
+        return (self.delta,)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        return clipped(inputs + self.delta, self.low, self.high)
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        if self.norm == "linf":
+            self.delta.clamp_(-self.budget, self.budget)
+        else:
+            size = self.delta.norm()
+            self.delta.mul_(torch.clamp(self.budget / size.clamp_min(1e-12), max=1.0))
+
+
+class Stamp:
+    """(1 − w) ⊙ x + w ⊙ p: a pattern p laid over the input with weights w in [0, 1], Σ w within a size budget.
+
+    Args:
+        weight: logits of w, [1, *space] (one weight for all channels).
+        pattern: logits of p between `low` and `high`, [channel, *space].
+        size: largest mean of w, in (0, 1).
+        low: lowest valid input.
+        high: highest valid input.
+    """
+
+    def __init__(self, weight: Tensor, pattern: Tensor, size: float, low: Tensor, high: Tensor):
+        self.weight, self.pattern, self.size, self.low, self.high = weight, pattern, size, low, high
+
+    @property
+    def variables(self) -> Sequence[Tensor]:
+        return (self.weight, self.pattern)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        share = torch.sigmoid(self.weight)
+        share = share * torch.clamp(self.size / share.mean(tuple(range(-inputs.ndim + 1, 0)), keepdim=True), max=1.0)
+        pattern = self.low + (self.high - self.low) * torch.sigmoid(self.pattern)
+        return (1 - share) * inputs + share * pattern
+
+    def project_(self) -> None:
+        """The budget is part of the formula."""
+
+
+# -- inversion ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class InvertedTrigger:
+    """A perturbation that sends clean inputs to one class.
+
+    `success` is the share of inputs not predicted as `target` that become it, on inputs not used in the search.
+    """
+
+    task: str
+    target: int
+    kind: str
+    success: float
+    perturbation: Perturbation
+
+
+def invert_triggers(
+    predict: Callable[[Tensor], Tensor],
+    inputs: Tensor,
+    *,
+    task: str,
+    kind: Literal["patch", "pattern"],
+    low: Tensor,
+    high: Tensor,
+    size: float = 0.05,
+    budget: float = 0.33,
+    norm: Literal["linf", "l2"] = "linf",
+    steps: int = 60,
+    lr: float = 0.1,
+    batch: int = 16,
+    seed: int = 0,
+) -> list[InvertedTrigger]:
+    """For each class, the perturbation of bounded size that best sends inputs to it; all classes are searched at once.
+
+    Args:
+        predict: inputs to logits [input, class], weights fixed.
+        inputs: clean inputs [input, *shape]; the last fifth measures success only.
+        task: for the record.
+        kind: "patch" (a `Stamp` of mean weight `size`) or "pattern" (an `Additive` of norm `budget`).
+        low: lowest valid input, broadcastable to one input.
+        high: highest valid input.
+        size: budget of a patch.
+        budget: budget of a pattern.
+        norm: of the pattern.
+        steps: Adam steps.
+        lr: Adam's step size, for a patch's logits; for a pattern in shares of its budget.
+        batch: clean inputs per step.
+        seed: of the choice of inputs and starting points.
+
+    Returns:
+        One trigger per class, best first.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    held = max(1, len(inputs) // 5)
+    train, test = inputs[:-held], inputs[-held:]
+    shape = inputs.shape[1:]
+    with torch.no_grad():
+        classes = predict(inputs[:1]).shape[-1]
+        clean = predict(test).argmax(-1)
+    everything: Perturbation
+    if kind == "patch":
+        spread = torch.randn((classes, 1, 1, *shape[1:]), generator=generator)
+        everything = Stamp(
+            (0.5 * spread - 1).to(inputs).requires_grad_(),
+            (0.5 * torch.randn((classes, 1, *shape), generator=generator)).to(inputs).requires_grad_(),
+            size,
+            low,
+            high,
+        )
+        rate = lr
+    else:
+        noise = 0.1 * budget * torch.randn((classes, 1, *shape), generator=generator)
+        everything = Additive(noise.to(inputs).requires_grad_(), budget, norm, low, high)
+        rate = lr * (budget if norm == "linf" else budget / shape.numel() ** 0.5)
+    optimiser = torch.optim.Adam(list(everything.variables), lr=rate)
+    targets = torch.arange(classes, device=inputs.device)
+    for _ in range(steps):
+        chosen = train[torch.randint(len(train), (batch,), generator=generator).to(inputs.device)]
+        logits = predict(everything(chosen.unsqueeze(0)).flatten(0, 1))
+        loss = F.cross_entropy(logits, targets.repeat_interleave(batch))
+        gradients = torch.autograd.grad(loss, list(everything.variables))
+        for variable, gradient in zip(everything.variables, gradients, strict=True):
+            variable.grad = gradient
+        optimiser.step()
+        _project_each(everything)
+    found = []
+    with torch.no_grad():
+        for target in range(classes):
+            single = _single(everything, target)
+            others = clean != target
+            flipped = predict(single(test)).argmax(-1) == target
+            success = float(flipped[others].float().mean()) if bool(others.any()) else 0.0
+            found.append(InvertedTrigger(task, target, kind, success, single))
+    return sorted(found, key=lambda trigger: -trigger.success)
+
+
+@torch.no_grad()
+def _project_each(everything: Perturbation) -> None:
+    if isinstance(everything, Additive) and everything.norm == "l2":
+        size = everything.delta.flatten(1).norm(dim=1).clamp_min(1e-12)
+        scale = torch.clamp(everything.budget / size, max=1.0)
+        everything.delta.mul_(scale.view(-1, *[1] * (everything.delta.ndim - 1)))
+    else:
+        everything.project_()
+
+
+def _single(everything: Perturbation, index: int) -> Perturbation:
+    if isinstance(everything, Stamp):
+        weight, pattern = (v.detach()[index, 0].clone() for v in everything.variables)
+        return Stamp(weight, pattern, everything.size, everything.low, everything.high)
+    assert isinstance(everything, Additive)
+    delta = everything.delta.detach()[index, 0].clone()
+    return Additive(delta, everything.budget, everything.norm, everything.low, everything.high)
+
+
+def stamped(inputs: Tensor, perturbations: Sequence[Perturbation], offset: int = 0) -> Tensor:
+    """Each input under one of the perturbations, in turn.
+
+    Args:
+        inputs: [input, *shape].
+        perturbations: at least one.
+        offset: which comes first.
+    """
+    count = len(perturbations)
+    groups = [[row for row in range(len(inputs)) if (row + offset) % count == k] for k in range(count)]
+    result = inputs.clone()
+    for perturbation, rows in zip(perturbations, groups, strict=True):
+        if rows:
+            result = result.index_copy(0, torch.tensor(rows, device=inputs.device), perturbation(inputs[rows]))
+    return result
+
+
+def measured_range(batches: Mapping[str, Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value of each channel over all inputs, shaped to broadcast over one input."""
+    lows, highs = [], []
+    for tensors in batches.values():
+        for tensor in tensors:
+            axes = (
+                tuple(axis for axis in range(tensor.ndim) if axis != 1)
+                if tensor.ndim > 2
+                else tuple(range(tensor.ndim))
+            )
+            keep = tensor.ndim > 2
+            lows.append(tensor.amin(axes, keepdim=keep)[0] if keep else tensor.amin())
+            highs.append(tensor.amax(axes, keepdim=keep)[0] if keep else tensor.amax())
+    return torch.stack(lows).amin(0), torch.stack(highs).amax(0)
