@@ -21,6 +21,7 @@ _STORED: Mapping[str, torch.dtype] = {
     "float16": torch.float16,
 }
 _ALIGNMENT = 64
+ROW = 64
 CHUNK = 1 << 20  # elements of one task vector turned to float32 at a time: 4 MiB, about a core's L2 share
 
 
@@ -170,7 +171,7 @@ class Bank:
         if stack is not None:
             block.values = stack if len(dense) == len(sources) else stack[: len(dense)]
             if len(dense) < len(sources) and self.place == "model":
-                block.values = stack[: len(dense)].clone()
+                block.values = self._allocated(len(dense), stack.shape[1], kind, where).copy_(stack[: len(dense)])
             block.tasks = tuple(dense)
             if any(scale != 1.0 for scale in scales):
                 block.scales = torch.tensor(scales, dtype=sums, device=device)
@@ -183,7 +184,9 @@ class Bank:
             self._used += -(-size // _ALIGNMENT) * _ALIGNMENT
             return piece
         pinned = self.place == "pinned" and torch.cuda.is_available()
-        return torch.empty((tasks, numel), dtype=kind, device=where, pin_memory=pinned)
+        # rows start at multiples of 64 elements, so that the fused kernels read whole vectors
+        stride = -(-numel // ROW) * ROW if self.place == "model" and where.type == "cuda" else numel
+        return torch.empty((tasks, stride), dtype=kind, device=where, pin_memory=pinned)[:, :numel]
 
     def values(self, name: str) -> Tensor:
         """[task, numel] of the dense deltas, on the device on which the tensor is composed, in the stored dtype."""

@@ -32,7 +32,7 @@ class _Probe(torch.autograd.Function):
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         (seen,) = ctx.saved_tensors
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
             ctx.take(seen, grad)

@@ -1,0 +1,112 @@
+"""The two passes over the task vectors as Triton kernels. Imported only where Triton is installed and a GPU is there.
+
+Parameters, bases, gradients and stacks of deltas stay where they are: every kernel gets a table of addresses, so one
+launch covers any number of tensors. Sums are in float32 and in a fixed order: results do not change from run to run.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def compose_kernel(
+    parameters,
+    bases,
+    stacks,
+    strides,
+    counts,
+    sizes,
+    weights,
+    tile_segment,
+    tile_start,
+    TASKS: tl.constexpr,
+    KIND: tl.constexpr,
+    STORED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One tile of one tensor: base + Σ_t weight_t delta_t, rounded once."""
+    tile = tl.program_id(0)
+    segment = tl.load(tile_segment + tile)
+    start = tl.multiple_of(tl.load(tile_start + tile), BLOCK)
+    size = tl.load(sizes + segment)
+    count = tl.load(counts + segment)
+    stride = tl.multiple_of(tl.load(strides + segment), 64)
+    parameter = tl.multiple_of(tl.load(parameters + segment), 16).to(tl.pointer_type(KIND))
+    base = tl.multiple_of(tl.load(bases + segment), 16).to(tl.pointer_type(KIND))
+    stack = tl.multiple_of(tl.load(stacks + segment), 16).to(tl.pointer_type(STORED))
+    element = start + tl.arange(0, BLOCK)
+    inside = element < size
+    total = tl.load(base + element, mask=inside, other=0.0).to(tl.float32)
+    for task in tl.static_range(TASKS):
+        weight = tl.load(weights + segment * TASKS + task)
+        row = stack + task * stride
+        held = tl.where(task < count, size, 0)
+        delta = tl.load(row + element, mask=element < held, other=0.0).to(tl.float32)
+        total += weight * delta
+    tl.store(parameter + element, total.to(KIND), mask=inside)
+
+
+@triton.jit
+def products_kernel(
+    gradients,
+    stacks,
+    strides,
+    counts,
+    sizes,
+    partials,
+    tile_segment,
+    tile_start,
+    tile_slot,
+    PADDED: tl.constexpr,
+    KIND: tl.constexpr,
+    STORED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """One tile of one tensor: Σ gradient ⊙ delta_t for every task t, into the tile's row of `partials`."""
+    tile = tl.program_id(0)
+    segment = tl.load(tile_segment + tile)
+    start = tl.multiple_of(tl.load(tile_start + tile), WIDTH)
+    size = tl.load(sizes + segment)
+    count = tl.load(counts + segment)
+    stride = tl.multiple_of(tl.load(strides + segment), 64)
+    gradient = tl.multiple_of(tl.load(gradients + tl.load(tile_slot + tile)), 16).to(tl.pointer_type(KIND))
+    stack = tl.multiple_of(tl.load(stacks + segment), 16).to(tl.pointer_type(STORED))
+    task = tl.arange(0, PADDED)
+    rows = stack + task[:, None] * stride
+    there = (task < count)[:, None]
+    total = tl.zeros([PADDED, WIDTH], dtype=tl.float32)
+    for step in range(STEPS):
+        element = start + step * WIDTH + tl.arange(0, WIDTH)
+        inside = element < size
+        slope = tl.load(gradient + element, mask=inside, other=0.0).to(tl.float32)
+        delta = tl.load(rows + element[None, :], mask=there & inside[None, :], other=0.0).to(tl.float32)
+        total += slope[None, :] * delta
+    tl.store(partials + tile * PADDED + task, tl.sum(total, axis=1))
+
+
+@triton.jit
+def reduce_kernel(
+    partials,
+    first_tile,
+    tile_count,
+    slot_segment,
+    results,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Add one tensor's tiles, in order, to its row of `results`."""
+    slot = tl.program_id(0)
+    first = tl.load(first_tile + slot)
+    count = tl.load(tile_count + slot)
+    segment = tl.load(slot_segment + slot)
+    task = tl.arange(0, PADDED)
+    total = tl.zeros([ROWS, PADDED], dtype=tl.float32)
+    for start in range(0, count, ROWS):
+        row = start + tl.arange(0, ROWS)
+        piece = tl.load(
+            partials + (first + row)[:, None] * PADDED + task[None, :], mask=(row < count)[:, None], other=0.0
+        )
+        total += piece
+    place = results + segment * PADDED + task
+    tl.store(place, tl.load(place) + tl.sum(total, axis=0))
