@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 _HOME = {
     "Recipe": "recipe",
     "merge": "merge",
-    "merge_stacks": "merge",
+    "merge_stacks": "stacks",
     "method": "method",
     "methods": "method",
 }
@@ -14,9 +14,10 @@ _HOME = {
 __all__ = ["Recipe", "merge", "merge_stacks", "method", "methods"]
 
 if TYPE_CHECKING:
-    from merging.merge import merge, merge_stacks
+    from merging.merge import merge
     from merging.method import method, methods
     from merging.recipe import Recipe
+    from merging.stacks import merge_stacks
 
 
 def __getattr__(name: str) -> Any:

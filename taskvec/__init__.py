@@ -20,7 +20,17 @@ _HOME = {
     "write": "writer",
 }
 
-__all__ = ["Checkpoint", "Coefficients", "TaskVector", "TaskvecError", "TensorInfo", "TensorSource", "applied", "in_memory", "write"]
+__all__ = [
+    "Checkpoint",
+    "Coefficients",
+    "TaskVector",
+    "TaskvecError",
+    "TensorInfo",
+    "TensorSource",
+    "applied",
+    "in_memory",
+    "write",
+]
 
 if TYPE_CHECKING:
     from taskvec.checkpoint import Checkpoint

@@ -8,7 +8,9 @@ import re
 from collections.abc import Iterable
 
 _NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
-_EMBEDDING = re.compile(r"(^|[._])(embed|embeddings?|wte|wpe|tok_embeddings|shared|embed_tokens|embed_in)([._]|$)", re.I)
+_EMBEDDING = re.compile(
+    r"(^|[._])(embed|embeddings?|wte|wpe|tok_embeddings|shared|embed_tokens|embed_in)([._]|$)", re.I
+)
 _NORM = re.compile(r"(norm|ln_|layernorm|(^|\.)ln\d*(\.|$)|(^|\.)bn\d*(\.|$))", re.I)
 _HEAD = re.compile(r"(^|\.)(lm_head|classifier|score|qa_outputs|cls|heads?|embed_out|fc_out)(\.|$)")
 

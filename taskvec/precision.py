@@ -77,7 +77,9 @@ def rounded(values: Tensor, dtype: torch.dtype, *, where: str = "tensor") -> tup
         return values.clamp(-largest, largest).to(dtype), saturated
     result = values.to(dtype)
     overflows = dtype in (torch.float16, torch.bfloat16) or (dtype, values.dtype) == (torch.float32, torch.float64)
-    if overflows and not bool(torch.isfinite(result.sum(dtype=torch.float64 if dtype != torch.float16 else torch.float32))):
+    if overflows and not bool(
+        torch.isfinite(result.sum(dtype=torch.float64 if dtype != torch.float16 else torch.float32))
+    ):
         bad = torch.isinf(result) & torch.isfinite(values)
         if bool(bad.any()):
             raise OutputError(

@@ -1,0 +1,41 @@
+"""Model breadcrumbs: drop the smallest and the largest entries."""
+
+import torch
+from taskvec.deltas import Deltas, Tile
+from taskvec.order import order_statistics
+from taskvec.plan import Plan
+from torch import Tensor
+
+from merging.method import Density, Fraction, merge_method, per_task
+
+
+@merge_method("breadcrumbs", paper="arXiv:2312.06795", role="preprocess", statistics="tensor", passes=2)
+def breadcrumbs(deltas: Deltas, *, density: Density = 0.9, gamma: Fraction = 0.01) -> Plan:
+    """Keep the middle of each task vector: neither its smallest entries nor its largest outliers.
+
+    Args:
+        density: fraction kept (1 - beta - gamma in the paper).
+        gamma: fraction of largest entries dropped. The kept ones are the int(density * d) largest below those.
+
+    The paper masks layer by layer, so the default takes the statistics of each tensor. As `method: breadcrumbs` the
+    task vectors are then added. Entries tied at either end are all kept.
+    Differs from mergekit: there a density of 1 switches gamma off; here gamma still drops the outliers it names.
+    Passes: 1 for the two thresholds, 1 to merge.
+    """
+    numel = deltas.numel
+    ranks = []
+    for share in per_task(density, len(deltas.tasks)):
+        kept = max(1, int(share * numel))
+        first = max(0, numel - kept - int(gamma * numel))
+        ranks.append([first, max(first, min(first + kept, numel - int(gamma * numel)) - 1)])
+    found = yield from order_statistics(lambda tile: tile.stack.abs(), ranks, numel)
+
+    def kernel(tile: Tile) -> Tensor:
+        stack = torch.empty_like(tile.stack)
+        for task, (low, high) in enumerate(found):
+            row = tile.stack[task]
+            size = row.abs()
+            torch.mul(row, (size >= low.value) & (size <= high.value), out=stack[task])
+        return stack
+
+    return kernel

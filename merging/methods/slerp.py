@@ -1,0 +1,37 @@
+"""Spherical interpolation of two models."""
+
+import math
+
+from taskvec.deltas import Deltas, Tile
+from taskvec.moments import gram
+from taskvec.plan import Plan
+from torch import Tensor
+
+from merging.method import Fraction, merge_method
+
+
+@merge_method("slerp", paper="doi:10.1145/325334.325242", space="weight", statistics="tensor", tasks=(2, 2), passes=2)
+def slerp(deltas: Deltas, *, t: Fraction = 0.5, collinear: Fraction = 0.9995) -> Plan:
+    """Interpolate two models along the great circle between them.
+
+    Args:
+        t: position on the way from the first model (0) to the second (1).
+        collinear: absolute cosine above which the way is a straight line (the arc is then ill-conditioned).
+
+    Each tensor is one vector by default; with `statistics: model` the whole model is. Lengths are interpolated as the
+    formula of Shoemake does it: sin((1-t)φ)/sin φ and sin(tφ)/sin φ are applied to the models as they are.
+    Task weights have no meaning here. Passes: 1 for the angle, 1 to merge.
+    """
+    products = yield from gram()
+    lengths = math.sqrt(float(products[0, 0] * products[1, 1]))
+    cosine = float(products[0, 1]) / lengths if lengths else 1.0
+    if abs(cosine) > collinear:
+        first, second = 1 - t, t
+    else:
+        angle = math.acos(cosine)
+        first, second = math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+
+    def kernel(tile: Tile) -> Tensor:
+        return (tile.stack[0] * first).add_(tile.stack[1], alpha=second)
+
+    return kernel

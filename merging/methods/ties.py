@@ -1,0 +1,57 @@
+"""TIES-Merging: trim, elect sign, merge."""
+
+import torch
+from taskvec.deltas import Deltas, Tile
+from taskvec.order import order_statistics
+from taskvec.plan import Plan, Report
+from torch import Tensor
+
+from merging.method import Density, merge_method, per_task
+
+
+@merge_method("ties", paper="arXiv:2306.01708", passes=2)
+def ties(deltas: Deltas, *, density: Density = 0.2, normalize: bool = True) -> Plan:
+    """Trim each task vector, elect a sign for each entry, average the tasks that agree with it.
+
+    Args:
+        density: fraction of each task vector kept, by magnitude (top-k% in the paper): k = max(1, int(density * d)).
+        normalize: divide by the summed weights of the tasks that agree (the paper's disjoint mean).
+
+    The sign elected is that of the weighted sum of the trimmed values, + where that sum is zero.
+    Differs from the authors' code: it keeps k + 1 entries (its threshold is one rank lower); entries tied at the
+    threshold are all kept in both. With `statistics: tensor` each tensor is trimmed by itself, as mergekit does.
+    Passes: 1 for the thresholds, 1 to merge.
+    """
+    densities = per_task(density, len(deltas.tasks))
+    numel = deltas.numel
+    ranks = [[numel - max(1, int(share * numel))] for share in densities]
+    thresholds = [0.0] * len(ranks)
+    if any(share < 1 for share in densities):
+        found = yield from order_statistics(lambda tile: tile.stack.abs(), ranks, numel)
+        thresholds = [row[0].value for row in found]
+        kept = [(numel - row[0].below) / numel for row in found]
+        yield Report({"threshold": dict(zip(deltas.tasks, thresholds)), "kept": dict(zip(deltas.tasks, kept))})
+
+    def kernel(tile: Tile) -> Tensor:
+        stack = torch.empty_like(tile.stack)
+        for task, threshold in enumerate(thresholds):
+            row = tile.stack[task]
+            torch.mul(row, row.abs() >= threshold, out=stack[task])
+        return disjoint_mean(tile.with_stack(stack), normalize=normalize)
+
+    return kernel
+
+
+def disjoint_mean(tile: Tile, *, normalize: bool) -> Tensor:
+    """Sum (or mean) over the tasks whose sign is that of the weighted sum; a zero never agrees."""
+    positive = tile.total() >= 0
+    total, weights = torch.zeros_like(tile.stack[0]), torch.zeros_like(tile.stack[0])
+    for task, row in enumerate(tile.stack):
+        agrees = torch.where(positive, row > 0, row < 0)
+        weight = tile.weight(task)
+        total.add_((row * weight).mul_(agrees))
+        if normalize:
+            weights.add_(agrees * weight)
+    if normalize:
+        total.div_(weights.masked_fill_(weights == 0, 1.0))
+    return total

@@ -1,0 +1,52 @@
+"""Random draws that depend on what is drawn for, never on when: keyed by (seed, task, tensor name, element index).
+
+Order, tiling, sharding, threads and devices therefore never change a randomised merge. Each element's 32 bits are a
+keyed integer hash of its index (the `lowbias32` mixer of C. Wellons, bias 0.17 %, after a keyed affine map), made of
+integer operations only, so CPU and GPU agree bit for bit.
+"""
+
+from hashlib import blake2b
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_M1, _M2 = 0x7FEB352D, 0x846CA68B
+
+
+def _keys(seed: int, task: str, name: str, high: int) -> tuple[int, int]:
+    digest = blake2b(f"{seed}\0{task}\0{name}\0{high}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little") | 1
+
+
+def bits(seed: int, task: str, name: str, start: int, stop: int) -> np.ndarray[tuple[int], np.dtype[np.uint32]]:
+    """32 random bits for each element from `start` to `stop` of a tensor, as uint32 [stop - start]."""
+    if start >> 32 != max(start, stop - 1) >> 32:
+        edge = (start >> 32) + 1 << 32
+        return np.concatenate([bits(seed, task, name, start, edge), bits(seed, task, name, edge, stop)])
+    add, multiply = _keys(seed, task, name, start >> 32)
+    x = np.arange(stop - start, dtype=np.uint32)
+    scratch = np.empty_like(x)
+    x += np.uint32((start + add) & 0xFFFFFFFF)
+    x *= np.uint32(multiply)
+    for shift, factor in ((16, _M1), (15, _M2), (16, None)):
+        np.right_shift(x, np.uint32(shift), out=scratch)
+        x ^= scratch
+        if factor is not None:
+            x *= np.uint32(factor)
+    return x
+
+
+def uniform(seed: int, task: str, name: str, start: int, stop: int) -> Tensor:
+    """Uniform draws in (0, 1), float32 [stop - start]: 24 bits each, never 0 nor 1."""
+    top = (bits(seed, task, name, start, stop) >> np.uint32(8)).astype(np.float32)
+    top += np.float32(0.5)
+    top *= np.float32(2.0**-24)
+    return torch.from_numpy(top)
+
+
+def keep(seed: int, task: str, name: str, start: int, stop: int, density: float) -> Tensor:
+    """True with probability `density`, bool [stop - start] (resolution 2^-32)."""
+    if density >= 1:
+        return torch.ones(stop - start, dtype=torch.bool)
+    return torch.from_numpy(bits(seed, task, name, start, stop) < np.uint32(int(density * 2**32)))

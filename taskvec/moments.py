@@ -1,0 +1,106 @@
+"""Sums over a whole model that come out the same in every order: norms, inner products, counts.
+
+Each chunk of 2^15 elements is summed in float64 (chunks start at multiples of 2^15 within their tensor, so tiling does
+not move them), and chunk sums are added exactly, as whole multiples of the smallest float. One rounding at the end.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from taskvec.deltas import Tile
+from taskvec.plan import Fold, SubPlan
+
+CHUNK = 1 << 15
+_SHIFT = 1126  # 2^-1126 divides every finite float64
+
+
+def exact(value: float) -> int:
+    """A float64 as a whole multiple of 2^-1126: such numbers add without rounding."""
+    mantissa, exponent = math.frexp(value)
+    return int(mantissa * 2.0**53) << (exponent - 53 + _SHIFT)
+
+
+def rounded_sum(total: int) -> float:
+    """The float64 nearest to an exact sum."""
+    return total / (1 << _SHIFT)
+
+
+def sums(of: Callable[[Tile], Tensor]) -> SubPlan:
+    """Exact sums of what `of` returns for each chunk. A sub-plan: use `yield from`.
+
+    Args:
+        of: tile of at most 2^15 elements -> float64 tensor of partial sums, any fixed shape.
+
+    Returns:
+        A float64 tensor of that shape. Passes: one.
+    """
+    shape: list[torch.Size] = []
+
+    def partial(tile: Tile) -> list[int]:
+        total: list[int] = []
+        for chunk in chunks(tile):
+            values = of(chunk)
+            if not shape:
+                shape.append(values.shape)
+            exacts = [exact(value) for value in values.reshape(-1).tolist()]
+            total = exacts if not total else [a + b for a, b in zip(total, exacts)]
+        return total
+
+    total = yield Fold(partial, _added)
+    return torch.tensor([rounded_sum(value) for value in total], dtype=torch.float64).reshape(shape[0])
+
+
+def _added(one: list[int], other: list[int]) -> list[int]:
+    if not one or not other:
+        return one or other
+    return [a + b for a, b in zip(one, other)]
+
+
+def chunks(tile: Tile, size: int = CHUNK) -> "list[Tile]":
+    """The tile in pieces of `size` elements; tiles start at multiples of it."""
+    count = tile.stop - tile.start
+    if count <= size and tile.stack.ndim == 2:
+        return [tile]
+    flat = tile.stack.reshape(len(tile.tasks), -1)
+    base = None if tile.base is None else tile.base.reshape(-1)
+    merged = None if tile.merged is None else tile.merged.reshape(-1)
+    weights = tile.weights if tile.weights.ndim == 1 else tile.weights.reshape(len(tile.tasks), -1)
+    return [
+        Tile(
+            tile.name,
+            tile.shape,
+            tile.start + first,
+            min(tile.start + first + size, tile.stop),
+            tile.tasks,
+            flat[:, first : first + size],
+            None if base is None else base[first : first + size],
+            weights if weights.ndim == 1 else weights[:, first : first + size],
+            None if merged is None else merged[first : first + size],
+        )
+        for first in range(0, count, size)
+    ]
+
+
+def gram(of: Callable[[Tile], Tensor] = lambda tile: tile.stack) -> SubPlan:
+    """All inner products between the rows of `of(tile)`, float64 [row, row]. Passes: one."""
+
+    def products(tile: Tile) -> Tensor:
+        rows = of(tile).double()
+        return rows @ rows.T
+
+    return (yield from sums(products))
+
+
+def squares(rows: Sequence[Tensor]) -> list[float]:
+    """Sum of squares of each row in its own precision: for reports, not for mathematics."""
+    return [float(row.dot(row)) for row in rows]
+
+
+def gram_of(rows: Any) -> Tensor:
+    """Inner products of rows that are in memory as a whole, float64."""
+    wide = rows.reshape(len(rows), -1).double()
+    return wide @ wide.T

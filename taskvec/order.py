@@ -1,0 +1,255 @@
+"""Exact order statistics over a whole model, without sorting it and without state that grows with it.
+
+A small stratified sample brackets each wanted rank. One pass then counts what lies below the bracket, compares for
+equality with its two ends (so heavy ties cost nothing) and keeps the few values strictly inside, as distinct values
+with counts when they are many. The result is verified by its rank: a bracket that missed is followed by an exact
+radix count over the ordered bits of the floats (16 bits a pass). Either way the answer is the same number.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from taskvec.deltas import Tile
+from taskvec.plan import Fold, Sample, SubPlan
+
+SAMPLE = 1 << 20  # at rank fraction 0.9 the bracket then holds about 0.4 % of the elements
+SORTED_BELOW = 1 << 17  # tensors this small are selected directly
+_GROUPS = 16  # interleaved subsamples, to see how much blocks vary beyond independent draws
+_DISTINCT = 1 << 21  # values kept before they are compressed to distinct values with counts
+_GIVE_UP = 1 << 24  # distinct values inside one bracket; beyond it the radix count takes over
+
+
+@dataclass(frozen=True, slots=True)
+class OrderStatistic:
+    """The value of one rank for one row, and how many elements are below it and equal to it."""
+
+    value: float
+    below: int
+    equal: int
+
+
+def order_statistics(of: Callable[[Tile], Tensor], ranks: Sequence[Sequence[int]], numel: int) -> SubPlan:
+    """The `k`-th smallest values (from 0) of each row of `of(tile)`, over all tiles. A sub-plan: use `yield from`.
+
+    Args:
+        of: tile -> [row, n], finite.
+        ranks: for each row the wanted ranks; each row has equally many.
+        numel: elements of each row over all tiles (d).
+
+    Returns:
+        A list over rows of lists over ranks of `OrderStatistic`.
+
+    Passes: one in the common case (plus a sample); up to 2 more for float32 when a bracket misses.
+    """
+    values, whole = yield Sample(of, numel if numel <= SORTED_BELOW else min(SAMPLE, max(1 << 15, numel // 16)))
+    rows = values.detach().to("cpu").numpy()
+    if whole:
+        return [[_of_sorted(np.sort(row), rank) for rank in wanted] for row, wanted in zip(rows, ranks)]
+    brackets = [_brackets(row, wanted, numel) for row, wanted in zip(rows, ranks)]
+    del values, rows
+    counted = yield Fold(lambda tile: _count(of(tile), brackets), _joined)
+    found: list[list[OrderStatistic | None]] = [
+        [count.resolve(rank, numel) for count, rank in zip(row, wanted)] for row, wanted in zip(counted, ranks)
+    ]
+    missed = [[k for k, value in zip(wanted, row) if value is None] for row, wanted in zip(found, ranks)]
+    if any(missed):
+        exact = yield from radix_statistics(of, missed)
+        for row, wanted, late in zip(found, ranks, exact):
+            for position, rank in enumerate(wanted):
+                if row[position] is None:
+                    row[position] = late[rank]
+    return found
+
+
+def _of_sorted(ordered: "np.ndarray[Any, Any]", rank: int) -> OrderStatistic:
+    value = ordered[rank]
+    below, upto = np.searchsorted(ordered, value, "left"), np.searchsorted(ordered, value, "right")
+    return OrderStatistic(float(value) + 0.0, int(below), int(upto - below))
+
+
+# -- the bracket -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Bracket:
+    low: float  # both ends are sampled values (or infinite), so ties fall on them
+    high: float
+
+
+def _brackets(sample: "np.ndarray[Any, Any]", ranks: Sequence[int], numel: int) -> list[_Bracket]:
+    """For each rank, sampled values about 7 standard errors below and above it."""
+    size = sample.shape[0]
+    ordered = np.sort(sample)
+    found = []
+    for rank in ranks:
+        share = rank / max(1, numel - 1)
+        middle = share * (size - 1)
+        pivot = ordered[round(middle)]
+        # blocks lie within one tensor, so they vary more than independent draws: the subsamples show by how much
+        shares = [float(np.mean(sample[group::_GROUPS] < pivot)) for group in range(_GROUPS)]
+        spread = max(float(np.std(shares)) / _GROUPS**0.5 * size, (size * max(share * (1 - share), 1 / size)) ** 0.5)
+        margin = 7 * spread + 8
+        first, last = int(middle - margin), int(middle + margin) + 1
+        low = float(ordered[first]) if first >= 0 else -np.inf
+        high = float(ordered[last]) if last < size else np.inf
+        found.append(_Bracket(low, high))
+    return found
+
+
+@dataclass(slots=True)
+class _Count:
+    """What one pass learns of one bracket."""
+
+    bracket: _Bracket
+    below: int = 0
+    at_low: int = 0
+    at_high: int = 0
+    inside: list[Any] = field(default_factory=list)
+    held: int = 0
+    distinct: tuple[Any, Any] | None = None
+    overflow: bool = False
+
+    def join(self, other: "_Count") -> "_Count":
+        self.below += other.below
+        self.at_low += other.at_low
+        self.at_high += other.at_high
+        self.overflow = self.overflow or other.overflow
+        self.inside += other.inside
+        self.held += other.held
+        for pair in (other.distinct,):
+            if pair is not None:
+                self.distinct = pair if self.distinct is None else _merged(self.distinct, pair)
+        if self.held > _DISTINCT:
+            self._compress()
+        return self
+
+    def _compress(self) -> None:
+        if self.inside:
+            pair = np.unique(np.concatenate(self.inside), return_counts=True)
+            self.distinct = pair if self.distinct is None else _merged(self.distinct, pair)
+        self.inside, self.held = [], 0
+        if self.distinct is not None and len(self.distinct[0]) > _GIVE_UP:
+            self.distinct, self.overflow = None, True
+
+    def resolve(self, rank: int, numel: int) -> OrderStatistic | None:
+        """The statistic, if this bracket holds the rank."""
+        if self.overflow or rank < self.below:
+            return None
+        if rank < self.below + self.at_low:
+            return OrderStatistic(self.bracket.low + 0.0, self.below, self.at_low)
+        self._compress()
+        values, counts = self.distinct if self.distinct is not None else (np.empty(0), np.empty(0, np.int64))
+        start = self.below + self.at_low
+        ends = start + np.cumsum(counts)
+        if len(ends) and rank < ends[-1]:
+            place = int(np.searchsorted(ends, rank, "right"))
+            return OrderStatistic(float(values[place]) + 0.0, int(ends[place] - counts[place]), int(counts[place]))
+        end = int(ends[-1]) if len(ends) else start
+        if rank < end + self.at_high:
+            return OrderStatistic(self.bracket.high + 0.0, end, self.at_high)
+        return None
+
+
+def _merged(one: tuple[Any, Any], other: tuple[Any, Any]) -> tuple[Any, Any]:
+    values, where = np.unique(np.concatenate([one[0], other[0]]), return_inverse=True)
+    counts = np.bincount(where, np.concatenate([one[1], other[1]]), len(values)).astype(np.int64)
+    return values, counts
+
+
+def _count(values: Tensor, brackets: Sequence[Sequence[_Bracket]]) -> list[list[_Count]]:
+    """Counts against each bracket. On the CPU numpy does it: its comparisons and counts of bools are vectorised."""
+    rows = values.detach().to("cpu").numpy()
+    result = []
+    for row, wanted in zip(rows, brackets):
+        counts = []
+        for bracket in wanted:
+            low, high = row.dtype.type(bracket.low), row.dtype.type(bracket.high)
+            above, under = row > low, row < high
+            count = _Count(bracket)
+            at_or_below = row.size - int(np.count_nonzero(above))
+            count.at_low = int(np.count_nonzero(row == low)) if at_or_below else 0
+            count.below = at_or_below - count.at_low
+            if int(np.count_nonzero(under)) < row.size:
+                count.at_high = int(np.count_nonzero(row == high))
+            above &= under
+            picked = row[above]
+            if picked.size:
+                count.inside, count.held = [picked], picked.size
+            counts.append(count)
+        result.append(counts)
+    return result
+
+
+def _joined(one: list[list[_Count]], other: list[list[_Count]]) -> list[list[_Count]]:
+    return [[a.join(b) for a, b in zip(row, late)] for row, late in zip(one, other)]
+
+
+# -- the fall-back -----------------------------------------------------------------------------------------------------
+
+
+def radix_statistics(of: Callable[[Tile], Tensor], ranks: Sequence[Sequence[int]]) -> SubPlan:
+    """Exact order statistics for any input by counting the ordered bits of the floats, 16 at a time.
+
+    Returns:
+        For each row a mapping from rank to `OrderStatistic`. Passes: 2 for float32, 4 for float64.
+    """
+    prefixes: list[dict[int, tuple[int, int]]] = [{rank: (0, 0) for rank in wanted} for wanted in ranks]
+    counts: list[dict[int, int]] = [{} for _ in ranks]
+    dtype: list[torch.dtype] = []
+    level = 0
+    while not dtype or level < dtype[0].itemsize // 2:
+        wanted = [sorted({prefix for prefix, _ in row.values()}) for row in prefixes]
+
+        def of_level(tile: Tile, wanted: list[list[int]] = wanted, level: int = level) -> list[dict[int, Any]]:
+            values = of(tile).detach().to("cpu")
+            if not dtype:
+                dtype.append(values.dtype)
+            return [_digits(row, level, prefixes_) for row, prefixes_ in zip(values.numpy(), wanted)]
+
+        histograms = yield Fold(of_level, _added)
+        for row, (states, found) in enumerate(zip(prefixes, counts)):
+            for rank, (prefix, below) in states.items():
+                histogram = histograms[row][prefix]
+                ends = below + np.cumsum(histogram)
+                digit = int(np.searchsorted(ends, rank, "right"))
+                states[rank] = (prefix << 16 | digit, int(ends[digit] - histogram[digit]))
+                found[rank] = int(histogram[digit])
+        level += 1
+    return [
+        {rank: OrderStatistic(_value(key, dtype[0]), below, found[rank]) for rank, (key, below) in states.items()}
+        for states, found in zip(prefixes, counts)
+    ]
+
+
+def _keys(row: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+    """Unsigned integers in the order of the floats; -0.0 counts as +0.0."""
+    kind = np.uint32 if row.dtype == np.float32 else np.uint64
+    raw = (row + row.dtype.type(0)).view(kind)
+    top = kind(1 << (8 * row.dtype.itemsize - 1))
+    return np.where(raw & top, ~raw, raw | top)
+
+
+def _digits(row: "np.ndarray[Any, Any]", level: int, prefixes: Sequence[int]) -> dict[int, Any]:
+    keys = _keys(row)
+    width = 8 * row.dtype.itemsize
+    digits = ((keys >> keys.dtype.type(width - 16 * (level + 1))) & keys.dtype.type(0xFFFF)).astype(np.int64)
+    if level == 0:
+        return {0: np.bincount(digits, minlength=65536)}
+    heads = keys >> keys.dtype.type(width - 16 * level)
+    return {prefix: np.bincount(digits[heads == prefix], minlength=65536) for prefix in prefixes}
+
+
+def _added(one: list[dict[int, Any]], other: list[dict[int, Any]]) -> list[dict[int, Any]]:
+    return [{prefix: a[prefix] + b[prefix] for prefix in a} for a, b in zip(one, other)]
+
+
+def _value(key: int, dtype: torch.dtype) -> float:
+    kind, floats = (np.uint32, np.float32) if dtype == torch.float32 else (np.uint64, np.float64)
+    width = 8 * dtype.itemsize
+    raw = key ^ (1 << (width - 1)) if key >> (width - 1) else ~key & ((1 << width) - 1)
+    return float(np.array(raw, kind).view(floats)) + 0.0

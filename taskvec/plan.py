@@ -1,0 +1,53 @@
+"""Kernels and plans: how a method asks for statistics of the whole model without ever holding it.
+
+A plan is a generator. Each `yield Fold(...)` is one pass over all tiles and gives back the joined result; `yield
+Sample(...)` gives back a small stratified sample and is no pass; `yield Report(...)` records facts for the provenance.
+What the plan returns is the kernel that makes merged tiles. A method without statistics returns its kernel directly.
+"""
+
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from taskvec.deltas import Tile
+
+Kernel = Callable[[Tile], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """One pass over the deltas.
+
+    Attributes:
+        of: a partial result from one tile.
+        join: two partial results into one. Must not depend on the order (counts, extremes, exact sums), since tiles
+            are visited by several threads; then tiling, sharding and threads never change a result.
+    """
+
+    of: Callable[[Tile], Any]
+    join: Callable[[Any, Any], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A stratified sample of `size` elements (all of them when there are fewer): blocks evenly spread over the deltas.
+
+    Gives back `(values, whole)`: what `of` returned for the sampled blocks, side by side along the last dimension in
+    the order of the deltas, and whether that is every element.
+    """
+
+    of: Callable[[Tile], Tensor]
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Facts worth keeping: thresholds, kept fractions, warnings (under the key "warnings")."""
+
+    facts: Mapping[str, Any]
+
+
+Plan = Generator[Fold | Sample | Report, Any, Kernel]
+SubPlan = Generator[Fold | Sample | Report, Any, Any]

@@ -1,0 +1,559 @@
+"""The engine: runs plans over deltas. It alone knows tiles, threads, memory, devices and read-ahead.
+
+Work is cut into segments of 2^22 elements (the unit in which contents are hashed) and segments into tiles that stay in
+the cache while all stages of a merge are applied to them. Each worker thread reads, computes and hands on its own
+tiles with one torch thread, so reads, arithmetic and writes of different workers overlap, and results are the same
+bits for every number of workers, every tile size and every budget.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from taskvec.checkpoint import SEGMENT, Checkpoint, SegmentDigest, raw_bytes
+from taskvec.deltas import Deltas, OneTensor, StackDeltas, Tile
+from taskvec.errors import NonFiniteError, TaskvecError, UsageError
+from taskvec.moments import CHUNK, exact, rounded_sum
+from taskvec.plan import Fold, Kernel, Plan, Report, Sample
+from taskvec.source import TensorSource
+
+TILE = 1 << 17  # elements a task: 0.5 MiB in float32, so that a stack of a few tasks stays in a 2 MiB cache
+TILE_RESIDENT = 1 << 24  # on a GPU launches cost more than cache misses
+SAMPLE_BLOCK = 256
+
+Role = Literal["preprocess", "combine", "postprocess"]
+Unit = Literal["element", "tensor"]
+Scope = Literal["model", "tensor"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One step of a merge: its plan, and the role that says what its kernel returns.
+
+    "preprocess" kernels return a stack, "combine" kernels a merged delta, "postprocess" kernels a merged delta again.
+    """
+
+    name: str
+    role: Role
+    start: Callable[[Deltas], "Plan | Kernel"]
+    unit: Unit = "element"
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a sweep is; bytes are those of the tiles' float32 stacks in proportion to the inputs'."""
+
+    label: str
+    step: int
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to run a sweep; nothing here changes a result.
+
+    Attributes:
+        memory: bytes for tiles, kept deltas and whole tensors; None: a quarter of what is free.
+        workers: threads; None: one for each core.
+        device: "cpu", or a CUDA device on which the kernels run.
+        tile: elements a task in a tile, rounded up to a multiple of 2^15.
+        progress: called now and then, from several threads.
+    """
+
+    memory: int | None = None
+    workers: int | None = None
+    device: str = "cpu"
+    tile: int | None = None
+    progress: Callable[[Progress], None] | None = None
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a sweep found out on the way.
+
+    Attributes:
+        norms: Euclidean norm of each task vector (before any preprocessing).
+        facts: what the stages reported, by stage name; for statistics by tensor, by stage and tensor.
+        warnings: what the stages warned of.
+        passes: passes over the inputs that were made.
+        digests: whether the inputs' contents were hashed on the way.
+    """
+
+    norms: list[float] = field(default_factory=list)
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    passes: int = 0
+
+
+Sink = Callable[[Tile], None]
+"""Takes finished tiles (`merged` is set), from several threads; tiles of one segment come in order."""
+
+
+def free_memory() -> int:
+    """Bytes that can be allocated without swapping."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def sweep(
+    deltas: Deltas,
+    stages: Sequence[Stage],
+    sink: Sink,
+    *,
+    scope: Scope = "model",
+    options: Options = Options(),
+    skip: frozenset[str] = frozenset(),
+    allow_zero: bool = True,
+) -> Outcome:
+    """Runs the stages' plans and hands every merged tile to the sink.
+
+    Args:
+        deltas: the task vectors.
+        stages: preprocess stages, one combine stage, postprocess stages, in this order.
+        sink: where merged tiles go.
+        scope: whether statistics are those of the whole model or of each tensor.
+        options: memory, threads, device.
+        skip: tensors that need not be handed to the sink (they still count in the statistics).
+        allow_zero: whether a task vector of zero is let through.
+
+    Raises:
+        NonFiniteError: an input holds NaN or infinity; names tensor and task.
+    """
+    return _Sweep(deltas, list(stages), sink, scope, options, skip).run()
+
+
+class _Sweep:
+    def __init__(
+        self, deltas: Deltas, stages: list[Stage], sink: Sink, scope: Scope, options: Options, skip: frozenset[str]
+    ):
+        self.deltas, self.stages, self.sink, self.scope, self.options, self.skip = (
+            deltas,
+            stages,
+            sink,
+            scope,
+            options,
+            skip,
+        )
+        self.whole = any(stage.unit == "tensor" for stage in stages)
+        self.resident = isinstance(deltas, StackDeltas)
+        self.tile = -(-(options.tile or (TILE_RESIDENT if options.device != "cpu" else TILE)) // CHUNK) * CHUNK
+        self.workers = max(1, options.workers or len(os.sched_getaffinity(0)))
+        if options.device != "cpu":
+            self.workers = 1 if self.resident else max(2, self.workers)
+        memory = options.memory if options.memory is not None else free_memory() // 4
+        self.outcome = Outcome()
+        self._chain: list[tuple[Stage, Kernel]] = []
+        self._kept: dict[tuple[str, int], Tile] = {}
+        tile_bytes = self.tile * 4 * (4 * len(deltas.tasks) + 4) * self.workers
+        self._keep_budget = 0 if self.resident else max(0, memory - tile_bytes) // 2
+        self._gate = _Gate(max(memory - self._keep_budget, 1))
+        self._lock = threading.Lock()
+        self._read_once = False
+        self._squares = [0] * len(deltas.tasks)
+        self._digests: dict[tuple[int, str], SegmentDigest] = {}
+        self._stop = threading.Event()
+
+    # -- the two scopes ------------------------------------------------------------------------------------------------
+
+    def run(self) -> Outcome:
+        if self.scope == "model":
+            for stage in self.stages:
+                self._chain.append((stage, self._plan(stage)))
+            label = "merging"
+            self._pass(self._finish_tile, label)
+        else:
+            self.outcome.passes = 1
+            self._parallel(
+                [(name, 0, self.deltas.infos[name].numel) for name in self._largest_first()],
+                self._one_tensor,
+                "merging",
+            )
+        self.outcome.norms = [rounded_sum(total) ** 0.5 for total in self._squares]
+        return self.outcome
+
+    def _plan(self, stage: Stage) -> Kernel:
+        plan = stage.start(self.deltas)
+        if not isinstance(plan, Iterator):
+            return plan
+        answer: Any = None
+        while True:
+            try:
+                request = plan.send(answer)
+            except StopIteration as done:
+                return done.value
+            if isinstance(request, Report):
+                self._report(stage, request)
+                answer = None
+            elif isinstance(request, Sample):
+                answer = self._sample(request)
+            else:
+                answer = self._fold(request, f"{stage.name}, statistics")
+
+    def _report(self, stage: Stage, report: Report, name: str | None = None) -> None:
+        facts = dict(report.facts)
+        with self._lock:
+            for warning in facts.pop("warnings", ()):
+                text = f"{stage.name}: {warning}" + (f" ({name})" if name else "")
+                if text not in self.outcome.warnings:
+                    self.outcome.warnings.append(text)
+            if facts and name is None:
+                self.outcome.facts.setdefault(stage.name, {}).update(facts)
+
+    def _one_tensor(self, name: str, start: int, stop: int) -> None:
+        """All stages on one tensor, its statistics its own; its tiles are kept between passes where they fit."""
+        need = (stop - start) * 4 * (len(self.deltas.tasks) + 2)
+        with self._gate(need) as fits:
+            small = _TensorSweep(self, name, keep=fits)
+            small.run()
+
+    # -- passes ----------------------------------------------------------------------------------------------------------
+
+    def _items(self) -> list[tuple[str, int, int]]:
+        if self.whole:
+            return [(name, 0, self.deltas.infos[name].numel) for name in self._largest_first()]
+        size = max(self.tile, SEGMENT)
+        return [
+            (name, start, min(start + size, info.numel))
+            for name, info in self.deltas.infos.items()
+            for start in range(0, max(info.numel, 1), size)
+        ]
+
+    def _largest_first(self) -> list[str]:
+        """File order, except that tensors big enough to be a worker's last straw come first."""
+        total = max(1, self.deltas.numel)
+        big = {n for n, i in self.deltas.infos.items() if i.numel * 8 * self.workers > total}
+        return sorted(big, key=lambda n: -self.deltas.infos[n].numel) + [n for n in self.deltas.infos if n not in big]
+
+    def _fold(self, fold: Fold, label: str) -> Any:
+        partials: list[Any] = []
+        lock = threading.Lock()
+
+        def work(tile: Tile) -> None:
+            part = fold.of(self._through(tile))
+            with lock:  # joined at once, so that partial results never pile up
+                partials[:] = [fold.join(partials[0], part)] if partials else [part]
+
+        self._pass(work, label)
+        return partials[0]
+
+    def _pass(self, work: Callable[[Tile], None], label: str) -> None:
+        self.outcome.passes += 1
+        first = not self._read_once
+
+        def item(name: str, start: int, stop: int) -> None:
+            need = (stop - start) * 4 * (2 * len(self.deltas.tasks) + 4) if self.whole else 0
+            with self._gate(need):
+                for tile in self._tiles(name, start, stop, first):
+                    work(tile)
+
+        self._parallel(self._items(), item, label)
+        self._read_once = True
+
+    def _tiles(self, name: str, start: int, stop: int, first: bool) -> Iterator[Tile]:
+        watch = _Watch(self, name, start // SEGMENT) if first and not self.resident else None
+        size = max(1, stop - start) if self.whole else self.tile
+        for begin in range(start, max(stop, start + 1), size):
+            if self._stop.is_set():
+                return
+            end = min(begin + size, stop)
+            tile = self._kept.get((name, begin))
+            if tile is None:
+                tile = self.deltas.tile(name, begin, end, watch)
+                if first:
+                    self._examine(tile)
+                if self.options.device != "cpu" and tile.stack.device.type == "cpu":
+                    tile = _moved(tile, self.options.device)
+                self._keep(tile)
+            yield self._shaped(tile) if self.whole else tile
+        if watch is not None:
+            watch.close()
+
+    def _keep(self, tile: Tile) -> None:
+        if self._keep_budget <= 0 or not self._more_passes:
+            return
+        size = tile.stack.numel() * tile.stack.element_size() + (0 if tile.base is None else tile.base.numel() * 4)
+        with self._lock:
+            if size <= self._keep_budget:
+                self._keep_budget -= size
+                self._kept[tile.name, tile.start] = tile
+
+    @property
+    def _more_passes(self) -> bool:
+        return len(self._chain) < len(self.stages)
+
+    @staticmethod
+    def _shaped(tile: Tile) -> Tile:
+        shape = tile.shape
+        base = None if tile.base is None else tile.base.view(shape)
+        return Tile(
+            tile.name, shape, tile.start, tile.stop, tile.tasks, tile.stack.view(-1, *shape), base, tile.weights
+        )
+
+    def _examine(self, tile: Tile) -> None:
+        """Norms for the report, and the check that every number is one."""
+        parts = [exact_square(row) for row in tile.stack]
+        if any(part is None for part in parts) or (tile.base is not None and not _is_finite(tile.base)):
+            self._blame(tile)
+        with self._lock:
+            for task, part in enumerate(parts):
+                self._squares[task] += part or 0
+
+    def _blame(self, tile: Tile) -> None:
+        if tile.base is not None and not _is_finite(tile.base):
+            bad = int((~torch.isfinite(tile.base)).sum())
+            raise NonFiniteError(tile.name, "the base", bad)
+        for task, row in zip(tile.tasks, tile.stack):
+            bad = int((~torch.isfinite(row)).sum())
+            if bad:
+                raise NonFiniteError(tile.name, f"task {task!r}", bad)
+
+    def _through(self, tile: Tile) -> Tile:
+        for stage, kernel in self._chain:
+            if stage.role == "preprocess":
+                tile = tile.with_stack(kernel(tile))
+            else:
+                tile = tile.with_merged(kernel(tile))
+        return tile
+
+    def _finish_tile(self, tile: Tile) -> None:
+        if tile.name not in self.skip:
+            self.sink(self._through(tile))
+
+    def _sample(self, sample: Sample) -> tuple[Tensor, bool]:
+        total = self.deltas.numel
+        if total <= sample.size or self.whole:
+            parts = []
+            for name, info in self.deltas.infos.items():
+                for tile in self._tiles(name, 0, info.numel, not self._read_once):
+                    parts.append(sample.of(self._through(tile)).reshape(-1, tile.stop - tile.start))
+            self._read_once = True
+            return torch.cat(parts, -1), True
+        blocks = sample_blocks(self.deltas, sample.size)
+        parts = [sample.of(self._through(self._on_device(self.deltas.tile(*block)))) for block in blocks]
+        return torch.cat(parts, -1), False
+
+    def _on_device(self, tile: Tile) -> Tile:
+        return (
+            tile
+            if self.options.device == "cpu" or tile.stack.device.type != "cpu"
+            else _moved(tile, self.options.device)
+        )
+
+    # -- threads ---------------------------------------------------------------------------------------------------------
+
+    def _parallel(self, items: list[tuple[str, int, int]], work: Callable[[str, int, int], None], label: str) -> None:
+        total = sum(stop - start for _, start, stop in items)
+        done = 0
+        ahead = getattr(self.deltas, "read_ahead", None)
+        queue = iter(range(len(items)))
+        step = self.outcome.passes
+
+        def worker() -> None:
+            nonlocal done
+            with _single_threaded():
+                while not self._stop.is_set():
+                    with self._lock:
+                        index = next(queue, None)
+                    if index is None:
+                        return
+                    if ahead is not None and index + self.workers < len(items):
+                        ahead(*items[index + self.workers])
+                    work(*items[index])
+                    with self._lock:
+                        done += items[index][2] - items[index][1]
+                    if self.options.progress is not None:
+                        self.options.progress(Progress(label, step, done, total))
+
+        if self.workers == 1 or len(items) == 1:
+            worker()
+            return
+        pool = ThreadPoolExecutor(min(self.workers, len(items)), "taskvec-sweep")
+        try:
+            futures = [pool.submit(worker) for _ in range(min(self.workers, len(items)))]
+            finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in finished:
+                future.result()
+        except BaseException:
+            self._stop.set()
+            raise
+        finally:
+            pool.shutdown(wait=True)
+
+
+class _TensorSweep(_Sweep):
+    """All stages on a single tensor, inside one worker."""
+
+    def __init__(self, outer: _Sweep, name: str, *, keep: bool):
+        options = Options(memory=1 << 62 if keep else 0, workers=1, device=outer.options.device, tile=outer.tile)
+        super().__init__(OneTensor(outer.deltas, name), outer.stages, outer.sink, "model", options, outer.skip)
+        self.outer, self.name, self.resident = outer, name, outer.resident
+        self._keep_budget = 0 if outer.resident or not keep else 1 << 62
+        self._stop, self._digests = outer._stop, outer._digests
+
+    def run(self) -> Outcome:
+        for stage in self.stages:
+            self._chain.append((stage, self._plan(stage)))
+        self._pass(self._finish_tile, "merging")
+        with self.outer._lock:
+            for task, total in enumerate(self._squares):
+                self.outer._squares[task] += total
+        return self.outcome
+
+    def _report(self, stage: Stage, report: Report, name: str | None = None) -> None:
+        self.outer._report(stage, report, self.name)
+
+    def _parallel(self, items: list[tuple[str, int, int]], work: Callable[[str, int, int], None], label: str) -> None:
+        for item in items:
+            if self._stop.is_set():
+                return
+            work(*item)
+
+
+class _Watch:
+    """Hashes what is read of one segment, so that the inputs' digests cost no pass of their own."""
+
+    def __init__(self, owner: _Sweep, name: str, segment: int):
+        self._owner, self._name, self._segment = owner, name, segment
+        self._hashers: dict[int, tuple[Checkpoint, Any, int]] = {}
+
+    def __call__(self, source: TensorSource, name: str, raw: Tensor) -> None:
+        if not isinstance(source, Checkpoint):
+            return
+        from blake3 import blake3
+
+        data, size = raw_bytes(raw), raw.dtype.itemsize
+        _, hasher, room = self._hashers.get(id(source), (source, blake3(), SEGMENT))
+        done = 0
+        while len(data) // size - done >= room:  # whole tensors cross segments
+            hasher.update(data[done * size : (done + room) * size])
+            self._hashers[id(source)] = (source, hasher, 0)
+            self._end(id(source))
+            done, room, hasher = done + room, SEGMENT, blake3()
+        hasher.update(data[done * size :])
+        self._hashers[id(source)] = (source, hasher, room - (len(data) // size - done))
+
+    def _end(self, key: int) -> None:
+        source, hasher, _ = self._hashers.pop(key)
+        with self._owner._lock:
+            digest = self._owner._digests.setdefault((key, self._name), SegmentDigest(source.infos[self._name]))
+            at = self._segments.get(key, self._segment)
+            self._segments[key] = at + 1
+        if at < digest.count and digest.add(at, hasher.digest()):
+            source.record_digest(self._name, digest.hexdigest())
+
+    @property
+    def _segments(self) -> dict[int, int]:
+        return self.__dict__.setdefault("_at", {})
+
+    def close(self) -> None:
+        for key, (source, _, room) in list(self._hashers.items()):
+            if room < SEGMENT or source.infos[self._name].numel == 0:
+                self._end(key)
+
+
+class _Gate:
+    """Lets work through while the bytes it needs fit; what is larger than everything goes through alone."""
+
+    def __init__(self, size: int):
+        self._size, self._used = size, 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def __call__(self, need: int) -> Iterator[bool]:
+        fits = need <= self._size
+        need = min(need, self._size)
+        with self._changed:
+            self._changed.wait_for(lambda: self._used + need <= self._size)
+            self._used += need
+        try:
+            yield fits
+        finally:
+            with self._changed:
+                self._used -= need
+                self._changed.notify_all()
+
+
+@contextmanager
+def _single_threaded() -> Iterator[None]:
+    """One torch thread and no gradients in this thread: sums inside kernels then never depend on the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _is_finite(values: Tensor) -> bool:
+    total = values.sum()
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(values).all())
+
+
+def exact_square(row: Tensor) -> int | None:
+    """Sum of squares of a flat row in pieces of 2^15, added exactly; None if it is not finite."""
+    total = 0
+    for piece in row.reshape(-1).split(CHUNK):
+        value = float(piece.dot(piece))
+        if not value < float("inf"):
+            if not _is_finite(piece):
+                return None
+            value = float(piece.double().dot(piece.double()))
+        total += exact(value)
+    return total
+
+
+def _moved(tile: Tile, device: str) -> Tile:
+    return Tile(
+        tile.name,
+        tile.shape,
+        tile.start,
+        tile.stop,
+        tile.tasks,
+        tile.stack.to(device, non_blocking=True),
+        None if tile.base is None else tile.base.to(device, non_blocking=True),
+        tile.weights.to(device) if tile.weights.ndim > 1 else tile.weights,
+    )
+
+
+def sample_blocks(deltas: Deltas, size: int) -> list[tuple[str, int, int]]:
+    """Blocks of 256 elements evenly spread over all tensors, about `size` elements together: always the same ones."""
+    total = deltas.numel
+    count = max(1, size // SAMPLE_BLOCK)
+    blocks, at = [], 0
+    wanted = ((2 * i + 1) * total // (2 * count) for i in range(count))
+    position = next(wanted, None)
+    for name, info in deltas.infos.items():
+        while position is not None and position < at + info.numel:
+            start = min(position - at, max(0, info.numel - SAMPLE_BLOCK))
+            blocks.append((name, start, min(start + SAMPLE_BLOCK, info.numel)))
+            position = next(wanted, None)
+        at += info.numel
+    return blocks
+
+
+__all__ = [
+    "Options",
+    "Outcome",
+    "Progress",
+    "Stage",
+    "TaskvecError",
+    "UsageError",
+    "free_memory",
+    "sample_blocks",
+    "sweep",
+]

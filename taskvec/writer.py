@@ -1,0 +1,670 @@
+"""Writing a checkpoint so that it appears whole under its final name, or not at all.
+
+Shapes and dtypes are known beforehand, so every shard's header is written first and tensors follow in any order at
+known offsets. Everything goes into `OUT.partial-…` beside OUT; the last act is one rename. A lock tells two runs for
+one OUT apart, and a journal of finished shards lets an interrupted run be resumed.
+"""
+
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from taskvec.checkpoint import SAFETENSORS_NAMES, SEGMENT, Checkpoint, SegmentDigest, combined_hash, raw_bytes
+from taskvec.errors import (
+    DiskFullError,
+    OutputError,
+    OutputExistsError,
+    TaskvecError,
+    UsageError,
+    VerificationError,
+    shortened,
+)
+from taskvec.precision import dtype_named, is_float, rounded
+from taskvec.source import TensorInfo, TensorSource
+
+DEFAULT_SHARD_SIZE = 5_000_000_000
+_JOURNAL = "taskvec-journal.jsonl"
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+
+
+def byte_count(text: "str | int") -> int:
+    """`5GB`, `2GiB`, `400 MB` or a number as bytes.
+
+    Raises:
+        UsageError: the text is not a size.
+    """
+    if isinstance(text, int):
+        return text
+    found = re.fullmatch(r"\s*([\d.]+)\s*([a-zA-Z]*)\s*", text)
+    if not found or found.group(2).lower() not in _UNITS or found.group(1).count(".") > 1:
+        raise UsageError(f"{text!r} is not a size. Write it like 5GB, 2GiB or 400MB.")
+    return int(float(found.group(1)) * _UNITS[found.group(2).lower()])
+
+
+def bytes_text(count: float) -> str:
+    """`748.0 MB` for 748000000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+@dataclass(slots=True)
+class _Shard:
+    file: str
+    names: list[str]
+    header: int = 0
+    size: int = 0
+    left: int = 0
+    fd: int = -1
+
+
+def plan_shards(infos: Mapping[str, TensorInfo], shard_size: int) -> list[tuple[str, list[str]]]:
+    """Which tensors go into which file, named and split as huggingface_hub does."""
+    if sum(info.nbytes for info in infos.values()) <= shard_size:
+        return [("model.safetensors", list(infos))]
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    plan = split_state_dict_into_shards_factory(
+        dict(infos),
+        get_storage_size=lambda info: info.nbytes,
+        get_storage_id=lambda _: None,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_size,
+    )
+    return list(plan.filename_to_tensors.items())
+
+
+class CheckpointWriter:
+    """Writes one checkpoint. Use it as a context manager and call `finish` last.
+
+    Args:
+        out: the folder to make, or a path ending in `.safetensors` for a single file.
+        infos: name to shape and stored dtype of every tensor that will be written.
+        shard_size: largest size of one file, in bytes or as text ("5GB").
+        metadata: texts for the safetensors header; `reserve` bytes are kept free so that `finish` can replace them.
+        companions: files copied beside the weights, with the folder they are relative to.
+        inputs: paths that must not be written into.
+        overwrite: replace an existing OUT (swapped in whole at the end).
+        fingerprint: what this output is made from; a partial output with the same one can be resumed.
+        resume: take over finished shards of an interrupted run, after checking their content.
+
+    Raises:
+        OutputExistsError: OUT is there and `overwrite` is not set, or another run is writing it.
+        OutputError: OUT lies inside an input, or cannot be created.
+        DiskFullError: not enough free space for the whole output.
+    """
+
+    def __init__(
+        self,
+        out: "str | os.PathLike[str]",
+        infos: Mapping[str, TensorInfo],
+        *,
+        shard_size: "int | str" = DEFAULT_SHARD_SIZE,
+        metadata: Mapping[str, str] | None = None,
+        reserve: int = 0,
+        companions: Sequence[Path] = (),
+        companions_root: Path | None = None,
+        inputs: Iterable[Path] = (),
+        overwrite: bool = False,
+        fingerprint: str = "",
+        resume: bool = False,
+        notice: Callable[[str], None] = lambda _: None,
+    ):
+        self.out = Path(os.path.abspath(os.path.expanduser(os.fspath(out))))
+        self.single = self.out.suffix == ".safetensors"
+        self.infos = dict(infos)
+        self._metadata = {"format": "pt", **(metadata or {})}
+        self._reserve = reserve
+        self._companions, self._root = tuple(companions), companions_root
+        self._overwrite, self._fingerprint, self._notice = overwrite, fingerprint, notice
+        self.done: set[str] = set()
+        self._resumed: dict[str, str] = {}
+        self.saturated: dict[str, int] = {}
+        self._digests = {name: SegmentDigest(info) for name, info in self.infos.items()}
+        self._hashers: dict[tuple[str, int], tuple[Any, int]] = {}
+        self._broken: set[tuple[str, int]] = set()
+        self._lock = threading.Lock()
+        self._finished = False
+        check_output(self.out, inputs, overwrite=overwrite)
+        self._shards: list[_Shard] = []
+        self._partial = self.out.with_name(f"{self.out.name}.partial-{fingerprint[:12] or 'new'}")
+        self._lock_fd = _locked(self.out)
+        try:
+            self._plan(byte_count(shard_size))
+            self._prepare(resume)
+            self._check_space()
+            for shard in self._shards:
+                self._create(shard)
+        except BaseException:
+            self._discard()
+            raise
+        self._stop = threading.Event()
+        self._flusher = threading.Thread(target=self._flush, name="taskvec-flush", daemon=True)
+        self._flusher.start()
+
+    # -- before the first byte ---------------------------------------------------------------------------------------
+
+    def _plan(self, shard_size: int) -> None:
+        plan = plan_shards(self.infos, shard_size if not self.single else 1 << 62)
+        self._shards = [_Shard(file, names) for file, names in plan]
+        self._place: dict[str, tuple[_Shard, int]] = {}
+        self._entries: dict[str, dict[str, Any]] = {}
+        for shard in self._shards:
+            # wide dtypes first, so that every tensor is aligned to its own item size
+            shard.names.sort(key=lambda name: -self.infos[name].dtype.itemsize)
+            offset, entries = 0, {}
+            for name in shard.names:
+                info = self.infos[name]
+                kind = SAFETENSORS_NAMES.get(info.dtype)
+                if kind is None:
+                    raise OutputError(f"{name}: dtype {info.dtype} cannot be stored in safetensors.")
+                entries[name] = {
+                    "dtype": kind,
+                    "shape": list(info.shape),
+                    "data_offsets": [offset, offset + info.nbytes],
+                }
+                self._place[name] = (shard, offset)
+                offset += info.nbytes
+            self._entries[shard.file] = entries
+            shard.header = len(self._header(shard, self._metadata)) + self._reserve
+            shard.header += -shard.header % 8
+            shard.size, shard.left = 8 + shard.header + offset, len(shard.names)
+
+    def _header(self, shard: _Shard, metadata: Mapping[str, str]) -> bytes:
+        header = {"__metadata__": dict(metadata), **self._entries[shard.file]}
+        return json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+
+    def _prepare(self, resume: bool) -> None:
+        """Makes the folder to write into; deals with what an earlier run left."""
+        stale = sorted(self.out.parent.glob(self.out.name + ".partial-*"))
+        wanted = self._partial
+        for path in stale:
+            if resume and self._fingerprint and path == wanted:
+                self._adopt(path)
+                self._notice(
+                    f"found {path.name} of an interrupted run: {len(self.done)} of {len(self.infos)} tensors are finished "
+                    "and verified; going on from there"
+                )
+                continue
+            self._notice(
+                f"found {path.name} of an interrupted run: removed" + (" (other inputs or recipe)" if resume else "")
+            )
+            shutil.rmtree(path)
+        if resume and wanted not in stale:
+            self._notice(
+                "nothing to resume: no partial output of this recipe and these inputs was found; starting afresh"
+            )
+        try:
+            wanted.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{self.out}: cannot create {wanted.name} ({error.strerror}).") from error
+
+    def _adopt(self, partial: Path) -> None:
+        journal = partial / _JOURNAL
+        lines = journal.read_text("utf-8").splitlines() if journal.is_file() else []
+        for line in lines:
+            try:
+                entry = json.loads(line)
+                shard = next(shard for shard in self._shards if shard.file == entry["shard"])
+                found = Checkpoint.open_file(partial / shard.file)
+                assert_digests(found, entry["digests"], partial / shard.file)
+            except (ValueError, KeyError, StopIteration, TaskvecError):
+                continue  # torn line or damaged shard: it is simply made again
+            if list(found.infos.items()) == [(name, self.infos[name]) for name in shard.names]:
+                self.done.update(shard.names)
+                shard.left = 0
+                self._resumed.update(entry["digests"])
+
+    def _check_space(self) -> None:
+        needed = sum(shard.size for shard in self._shards if shard.left) + (16 << 20)
+        free = shutil.disk_usage(self._partial).free
+        if needed > free:
+            raise DiskFullError(
+                f"{self.out}: the output needs {bytes_text(needed)}, but only {bytes_text(free)} are free there. "
+                "Free some space or choose another place."
+            )
+
+    def _create(self, shard: _Shard) -> None:
+        path = self._partial / shard.file
+        if not shard.left and shard.names:
+            return
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0)
+        shard.fd = os.open(path, flags, 0o666)
+        try:
+            os.posix_fallocate(shard.fd, 0, shard.size)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise DiskFullError(f"{self.out}: no space left for {bytes_text(shard.size)}.") from error
+            os.ftruncate(shard.fd, shard.size)  # file systems without fallocate
+        self._put(
+            shard, 0, shard.header.to_bytes(8, "little") + self._header(shard, self._metadata).ljust(shard.header)
+        )
+
+    # -- writing -----------------------------------------------------------------------------------------------------
+
+    def write(self, name: str, values: Tensor, start: int = 0) -> None:
+        """Writes elements of one tensor from element `start` on, rounding once to its stored dtype.
+
+        Pieces may come in any order and from several threads; each element must be written once. Within a segment of
+        2^22 elements ascending pieces are hashed as they pass; others are read back at the end.
+        """
+        info = self.infos[name]
+        values = values.reshape(-1)
+        if values.dtype != info.dtype:
+            values, saturated = rounded(values, info.dtype, where=name)
+            if saturated:
+                with self._lock:
+                    self.saturated[name] = self.saturated.get(name, 0) + saturated
+        shard, offset = self._place[name]
+        data = raw_bytes(values.cpu())
+        size = info.dtype.itemsize
+        self._put(shard, 8 + shard.header + offset + start * size, data)
+        stop = start + values.numel()
+        for segment in range(start // SEGMENT, max(start, stop - 1) // SEGMENT + 1):
+            first, last = max(start, segment * SEGMENT), min(stop, (segment + 1) * SEGMENT)
+            self._hash(name, segment, first, last, data[(first - start) * size : (last - start) * size])
+
+    def _put(self, shard: _Shard, offset: int, data: "bytes | memoryview") -> None:
+        view, done = memoryview(data), 0
+        try:
+            while done < len(view):
+                done += os.pwrite(shard.fd, view[done:], offset + done)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DiskFullError(f"{self.out}: the disk is full. Nothing was left under that name.") from error
+            raise OutputError(f"{self.out}: writing {shard.file} failed ({error.strerror}).") from error
+
+    def _hash(self, name: str, segment: int, first: int, last: int, data: memoryview) -> None:
+        from blake3 import blake3
+
+        key, numel = (name, segment), self.infos[name].numel
+        end = min((segment + 1) * SEGMENT, numel)
+        hasher, at = self._hashers.pop(key, (None, segment * SEGMENT))
+        if first != at:
+            self._broken.add(key)
+            self._hashers[key] = (hasher, -1)
+            at = -1
+        else:
+            hasher = hasher or blake3()
+            hasher.update(data)
+            at = last
+            if at < end:
+                self._hashers[key] = (hasher, at)
+        if at == end and self._digests[name].add(segment, hasher.digest()):
+            self._complete(name)
+
+    def _complete(self, name: str) -> None:
+        shard, _ = self._place[name]
+        with self._lock:
+            self.done.add(name)
+            shard.left -= 1
+            whole = shard.left == 0
+        if whole and self._fingerprint:
+            self._record(shard)
+
+    def _record(self, shard: _Shard) -> None:
+        os.fsync(shard.fd)
+        digests = {name: self._digests[name].hexdigest() for name in shard.names}
+        with self._lock, open(self._partial / _JOURNAL, "a", encoding="utf-8") as journal:
+            journal.write(json.dumps({"shard": shard.file, "digests": digests}) + "\n")
+            journal.flush()
+            os.fsync(journal.fileno())
+
+    def _flush(self) -> None:
+        """Pushes written pages to the disk while others are computed, so that the last fsync finds little to do."""
+        while not self._stop.wait(0.25):
+            for shard in self._shards:
+                if shard.fd >= 0:
+                    with suppress(OSError):
+                        os.fdatasync(shard.fd)
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
+    def digests(self) -> dict[str, str]:
+        """Name to content digest of what was written."""
+        return {name: self._resumed.get(name) or self._digests[name].hexdigest() for name in self.infos}
+
+    def shard_hashes(self) -> dict[str, str]:
+        """File name to the combined hash of its tensors."""
+        digests = self.digests()
+        return {s.file: combined_hash({name: self.infos[name] for name in s.names}, digests) for s in self._shards}
+
+    def settle(self) -> None:
+        """Checks that every element was written, and hashes what did not come in order. Call before `digests`."""
+        self._rehash()
+        missing = [name for name in self.infos if name not in self.done]
+        if missing:
+            raise OutputError(f"{self.out}: {len(missing)} tensors were never written: {shortened(missing)}.")
+
+    def _rehash(self) -> None:
+        from blake3 import blake3
+
+        for name, segment in sorted(self._broken):
+            shard, offset = self._place[name]
+            info = self.infos[name]
+            first, last = segment * SEGMENT, min((segment + 1) * SEGMENT, info.numel)
+            size = info.dtype.itemsize
+            data = os.pread(shard.fd, (last - first) * size, 8 + shard.header + offset + first * size)
+            if self._digests[name].add(segment, blake3(data).digest()):
+                self._complete(name)
+        self._broken.clear()
+
+    def finish(
+        self,
+        *,
+        metadata: Mapping[str, str] | None = None,
+        files: Mapping[str, "str | bytes"] | None = None,
+    ) -> Path:
+        """Makes everything durable and gives the output its name.
+
+        Args:
+            metadata: replaces the header metadata, where it fits the space that was reserved for it.
+            files: further files by name (taskvec.json, README.md); they win over companions of the same name.
+
+        Returns:
+            The path of the output.
+        """
+        self.settle()
+        self._stop.set()
+        self._flusher.join()
+        for shard in self._shards:
+            if shard.fd < 0:
+                shard.fd = os.open(self._partial / shard.file, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
+            if metadata is not None:
+                header = self._header(shard, {"format": "pt", **metadata})
+                if len(header) <= shard.header:
+                    self._put(shard, 8, header.ljust(shard.header))
+            os.fsync(shard.fd)
+            os.close(shard.fd)
+            shard.fd = -1
+        (self._partial / _JOURNAL).unlink(missing_ok=True)
+        if self.single:
+            self._publish(self._partial / self._shards[0].file)
+        else:
+            self._beside(files or {})
+            self._publish(self._partial)
+        self._finished = True
+        self._discard()
+        return self.out
+
+    def _beside(self, files: Mapping[str, "str | bytes"]) -> None:
+        contents: dict[str, bytes] = {}
+        for path in self._companions:
+            name = str(path.relative_to(self._root)) if self._root else path.name
+            contents[name] = path.read_bytes()
+        if len(self._shards) > 1 or self._shards[0].file != "model.safetensors":
+            total = sum(info.nbytes for info in self.infos.values())
+            where = {name: shard.file for shard in self._shards for name in shard.names}
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+            contents["model.safetensors.index.json"] = (json.dumps(index, indent=2) + "\n").encode()
+        for name, content in files.items():
+            contents[name] = content.encode() if isinstance(content, str) else content
+        for name, content in contents.items():
+            write_durably(self._partial / name, content)
+        _sync_folder(self._partial)
+
+    def _publish(self, made: Path) -> None:
+        if os.path.lexists(self.out) and self._overwrite:
+            if not _exchange(made, self.out):
+                old = self.out.with_name(f"{self.out.name}.replaced-{os.getpid()}")
+                os.rename(self.out, old)
+                os.rename(made, self.out)
+                _remove(old)
+            else:
+                _remove(made)
+        elif os.path.lexists(self.out):
+            raise OutputExistsError(f"{self.out}: appeared while this run was writing. Refusing to replace it.")
+        else:
+            os.rename(made, self.out)
+        _sync_folder(self.out.parent)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._finished:
+            return
+        self._stop.set()
+        self._flusher.join()
+        for shard in self._shards:
+            if shard.fd >= 0:
+                os.close(shard.fd)
+                shard.fd = -1
+        interrupted = kind is not None and not issubclass(kind, TaskvecError)
+        self._discard(keep=interrupted and bool(self._fingerprint) and (self._partial / _JOURNAL).is_file())
+
+    def _discard(self, *, keep: bool = False) -> None:
+        for shard in self._shards:
+            if shard.fd >= 0:
+                os.close(shard.fd)
+                shard.fd = -1
+        if not keep:
+            shutil.rmtree(self._partial, ignore_errors=True)
+        if self._lock_fd >= 0:
+            _lock_path(self.out).unlink(missing_ok=True)
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+
+def write(
+    source: TensorSource,
+    out: "str | os.PathLike[str]",
+    *,
+    dtype: "torch.dtype | str | None" = None,
+    shard_size: "int | str" = DEFAULT_SHARD_SIZE,
+    metadata: Mapping[str, str] | None = None,
+    companions: Sequence[Path] | None = None,
+    files: Mapping[str, "str | bytes"] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Streams a source to disk as safetensors: a folder, or one file if `out` ends in `.safetensors`.
+
+    Args:
+        source: anything with named tensors; its own dtypes are kept unless `dtype` is given (floats only).
+        out: the folder or file to make. It appears whole or not at all.
+        dtype: stored dtype of floating tensors.
+        shard_size: largest size of one file.
+        metadata: texts for the safetensors header.
+        companions: files copied beside the weights; default: those of the source.
+        files: further files by name and content.
+        overwrite: replace what is there.
+
+    Returns:
+        The path that was written.
+    """
+    stored = None if dtype is None else dtype_named(dtype)
+    kept = getattr(source, "aliases", {})
+    infos = {
+        name: TensorInfo(info.shape, stored if stored is not None and is_float(info.dtype) else info.dtype)
+        for name, info in source.infos.items()
+        if name not in kept or isinstance(source, Checkpoint)
+    }
+    beside = getattr(source, "companions", ()) if companions is None else companions
+    root = getattr(source, "path", None)
+    inputs = [source.path] if isinstance(source, Checkpoint) else []
+    exact = source.read_flat if stored is None else getattr(source, "read_unrounded", source.read_flat)
+    with CheckpointWriter(
+        out,
+        infos,
+        shard_size=shard_size,
+        metadata=metadata,
+        companions=beside,
+        companions_root=root if beside else None,
+        inputs=inputs,
+        overwrite=overwrite,
+    ) as writer:
+        for name, info in infos.items():
+            for start in range(0, max(info.numel, 1), SEGMENT):
+                writer.write(name, exact(name, start, min(start + SEGMENT, info.numel)), start)
+        return writer.finish(files=files)
+
+
+# -- pieces --------------------------------------------------------------------------------------------------------------
+
+
+def check_output(out: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
+    """Refuses an output that exists, lies in or around an input, or cannot be created; makes nothing.
+
+    Raises:
+        OutputExistsError: the path is taken.
+        OutputError: it would touch an input, or its place cannot be written.
+    """
+    real = Path(os.path.realpath(out))
+    for path in inputs:
+        other = Path(os.path.realpath(path))
+        if real == other:
+            raise OutputError(f"{out}: this is one of the inputs. Choose another output; inputs are never written to.")
+        if other in real.parents and other.is_dir():
+            raise OutputError(
+                f"{out}: lies inside the input {path}. Choose a place outside; inputs are never written to."
+            )
+        if real in other.parents:
+            raise OutputError(f"{out}: contains the input {path}. Choose another output; inputs are never written to.")
+    if os.path.lexists(out):
+        if not overwrite:
+            raise OutputExistsError(
+                f"{out}: exists already. Choose another name, or pass --overwrite (overwrite=True)."
+            )
+        if (
+            out.is_dir()
+            and any(out.iterdir())
+            and not (
+                (out / "taskvec.json").is_file()
+                or any(out.glob("*.safetensors"))
+                or any(out.glob("pytorch_model*.bin"))
+            )
+        ):
+            raise OutputError(f"{out}: holds other things than a model; refusing to replace it. Choose another name.")
+    parent = next(folder for folder in out.parents if folder.exists())
+    if not parent.is_dir():
+        raise OutputError(f"{out}: {parent} is not a folder.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{out}: no permission to write in {parent}.")
+
+
+def assert_digests(source: Checkpoint, expected: Mapping[str, str], where: "Path | str") -> None:
+    """Compares content with recorded digests.
+
+    Raises:
+        VerificationError: names the tensors that differ, are missing, or are there beside them.
+    """
+    found = source.digests()
+    wrong = [name for name in expected if name in found and found[name] != expected[name]]
+    missing = [name for name in expected if name not in found]
+    extra = [name for name in found if name not in expected]
+    parts = [
+        f"{len(names)} {what}: {shortened(names)}"
+        for names, what in ((wrong, "tensors changed"), (missing, "tensors missing"), (extra, "tensors unknown"))
+        if names
+    ]
+    if parts:
+        raise VerificationError(f"{where}: content differs from what was recorded. " + "; ".join(parts))
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Writes a small file and makes it durable."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_atomically(path: "str | os.PathLike[str]", content: bytes, *, overwrite: bool = False) -> Path:
+    """Writes a small file under a temporary name and renames it: it appears whole or not at all.
+
+    Raises:
+        OutputExistsError: the path is taken and `overwrite` is not set.
+    """
+    target = Path(path)
+    if not overwrite and os.path.lexists(target):
+        raise OutputExistsError(f"{target}: exists already. Choose another name, or pass overwrite.")
+    temporary = target.with_name(f".{target.name}.partial-{os.getpid()}-{threading.get_ident()}")
+    try:
+        write_durably(temporary, content)
+        os.replace(temporary, target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(f"{target}: cannot be written ({error.strerror}).") from error
+    _sync_folder(target.parent)
+    return target
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _lock_path(out: Path) -> Path:
+    return out.with_name(f".{out.name}.taskvec-lock")
+
+
+def _locked(out: Path) -> int:
+    """An exclusive lock for this output, held by a file descriptor so that a killed run releases it."""
+    path = _lock_path(out)
+    for _ in range(20):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+        except OSError as error:
+            raise OutputError(f"{out}: cannot be created ({error.strerror}).") from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(fd)
+            raise OutputExistsError(f"{out}: another run is writing this output right now.") from None
+        with suppress(OSError):
+            if os.stat(path).st_ino == os.fstat(fd).st_ino:
+                return fd
+        os.close(fd)  # the holder before us removed the file between our open and our lock
+        time.sleep(0.01)
+    raise OutputExistsError(f"{out}: another run is writing this output right now.")
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two paths in one step (Linux); False where that is not possible."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    return bool(renameat2(-100, os.fsencode(one), -100, os.fsencode(other), 2) == 0)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
