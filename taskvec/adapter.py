@@ -559,8 +559,8 @@ class _Opening:
             head = f"{kind} ({len(found)}): "
             lines.append(head + "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else ""))
         named = self.config["base_model_name_or_path"]
-        trained = f" It says it was trained on {named!r}." if named else ""
-        raise MismatchError(lines, title=f"{self.label} does not fit {self.base.label}.{trained}")
+        trained = f" (it says it was trained on {named!r})" if named else ""
+        raise MismatchError(lines, title=f"{self.label} does not fit {self.base.label}{trained}")
 
     def _target(self, module: str, *parameters: str) -> str | None:
         """The base's tensor for one of a module's parameters, or None with the problem noted."""
@@ -637,28 +637,25 @@ class _Opening:
     def _one_per_tensor(self) -> dict[str, Change]:
         result: dict[str, Change] = {}
         for name, found in self.changes.items():
+            tied = self._is_tied(name) or any(is_head(f"{site}.weight") and not is_head(name) for site, _ in found)
             sites = list(dict.fromkeys(site for site, _ in found))
             by_site = {site: [change for other, change in found if other == site] for site in sites}
             everywhere = all(isinstance(change, ReplacedRows) for _, change in found)
             nothing = [
                 site
                 for site in sites
-                if self._is_tied(name)
-                and all(isinstance(c, Replaced) and c.is_copy and c.is_unchanged() for c in by_site[site])
+                if tied and all(isinstance(c, Replaced) and c.is_copy and c.is_unchanged() for c in by_site[site])
             ]
             changed = [site for site in sites if site not in nothing] or sites[:1]
             if len(changed) > 1:
                 self._check_same(name, changed, by_site)
-            elif self._is_tied(name) and not (
-                nothing == sites or everywhere or self.config["ensure_weight_tying"] or self.tied == "both"
-            ):
-                field_name = "modules_to_save" if self.config.saves(changed[0]) else "target_modules"
+            elif tied and not (nothing == sites or everywhere or self.tied == "both"):
                 raise self.config.refuse(
-                    field_name,
+                    "modules_to_save" if self.config.saves(changed[0]) else "target_modules",
                     f"it changes {changed[0]}, whose tensor ({name}) the base shares with "
-                    f"{'its output head' if is_embedding(name) else 'its input embedding'}. PEFT changes one of the "
-                    "two uses, a tied checkpoint can only change both. Pass tied='both' to change both, as PEFT's "
-                    "merge_and_unload does, or use a base whose head is not tied.",
+                    f"{'its input embedding' if is_head(changed[0] + '.weight') else 'its output head'}. PEFT's live "
+                    "model changes one of the two uses, a tied checkpoint can only change both. Pass tied='both' to change "
+                    "both (what merge_and_unload makes of a LoRA), or use a base whose head is not tied.",
                 )
             parts = self._without_copy(name, by_site[changed[0]])
             result[name] = parts[0] if len(parts) == 1 else Together(tuple(parts))
@@ -793,27 +790,25 @@ class _Opening:
     ) -> Literal["straight", "transposed"] | None:
         """How B A lies in the base's tensor, checked against all three shapes; None with the problem noted."""
         hint = ""
-        if shape_a[0] == shape_b[1]:
-            if len(shape) > 2 and len(shape_a) == len(shape):
-                if (shape_b[0], *shape_a[1:]) == shape:
-                    return "straight"
-                if shape_a[1] != shape[1] and (shape_b[0], *shape_a[2:]) == (shape[0], *shape[2:]):
-                    raise self.config.refuse(
-                        "target_modules",
-                        f"{module} is a convolution in {shape_a[1] // max(1, shape[1])} groups. LoRA mixes all its "
-                        "inputs, which a grouped kernel cannot hold, so it is not a change of its weights.",
-                    )
-            elif len(shape) == 2 and len(shape_a) == 2:
-                straight, transposed = (shape_b[0], shape_a[1]) == shape, (shape_a[1], shape_b[0]) == shape
-                if embedding:
-                    if transposed:
-                        return "transposed"
-                    if shape_b[0] == shape[1]:
-                        hint = f" (a vocabulary of {shape_a[1]} tokens against {shape[0]})"
-                elif straight and transposed:
-                    return "transposed" if self.layouts.in_out(name, self.config) else "straight"
-                elif straight or transposed:
-                    return "straight" if straight else "transposed"
+        if len(shape) > 2 and len(shape_a) == len(shape):
+            if (shape_b[0], *shape_a[1:]) == shape and shape_a[0] == shape_b[1]:
+                return "straight"
+            if shape_a[1] > shape[1] and shape_a[1] % shape[1] == 0 and shape_b[0] == shape[0]:
+                raise self.config.refuse(
+                    "target_modules",
+                    f"{module} is a convolution in {shape_a[1] // shape[1]} groups. LoRA mixes all its inputs, which a "
+                    "grouped kernel cannot hold, so it is not a change of its weights.",
+                )
+        elif len(shape) == len(shape_a) == 2 and shape_a[0] == shape_b[1]:
+            straight, transposed = (shape_b[0], shape_a[1]) == shape, (shape_a[1], shape_b[0]) == shape
+            if embedding and transposed:
+                return "transposed"
+            if embedding and shape_b[0] == shape[1]:
+                hint = f" (a vocabulary of {shape_a[1]} tokens against {shape[0]})"
+            elif not embedding and straight and transposed:
+                return "transposed" if self.layouts.in_out(name, self.config) else "straight"
+            elif not embedding and (straight or transposed):
+                return "straight" if straight else "transposed"
         have = f"A {list(shape_a)} and B {list(shape_b)}"
         self._problem("do not fit the base's shapes", f"{module} has {have}, {name} is {list(shape)}{hint}")
         return None
@@ -1167,7 +1162,8 @@ class Adapter:
             skip: shell-style patterns of modules or parameters of the adapter to leave out (`classifier.*`).
             tied: what to do when the adapter changes one use of a tensor that the base ties to another. PEFT's live
                 model changes the one use, which a tied checkpoint cannot hold: "refuse", or "both" to change both, as
-                PEFT's merge_and_unload does. An adapter with `ensure_weight_tying` changes both by itself.
+                PEFT's merge_and_unload does with LoRA. An adapter that holds the same change for both uses
+                (`ensure_weight_tying`), or single tokens, changes both by itself.
             revision: of a hub id.
 
         Raises:
