@@ -14,6 +14,7 @@ from taskvec.deltas import Deltas, Tile
 from taskvec.errors import ParameterError, UsageError, did_you_mean
 from taskvec.plan import Kernel, Plan
 from taskvec.sweep import Role, Scope, Stage, Unit
+from torch import Tensor
 
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Density = Share | list[Share]
@@ -58,6 +59,8 @@ class MergeMethod:
         passes: passes over the inputs in the common case.
         data: what it needs beside the models.
         contributions: whether it can return the parts of its merge, one for each task.
+        whole_if: tells from the parameters whether it must see whole tensors although `unit` is "element".
+        either_space: whether it has a meaning on differences to a base as well as on weights (`space` is the default).
     """
 
     name: str
@@ -72,6 +75,8 @@ class MergeMethod:
     data: Needs = "nothing"
     cost: str = "O(T) per element"
     contributions: bool = False
+    whole_if: Callable[[Mapping[str, Any]], bool] | None = None
+    either_space: bool = False
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
 
     @property
@@ -120,7 +125,11 @@ class MergeMethod:
 
     def stage(self, parameters: Mapping[str, Any]) -> Stage:
         """The method with its (bound) parameters, ready for the engine."""
-        return Stage(self.name, self.role, lambda deltas: self.start(deltas, **parameters), self.unit)
+        return Stage(self.name, self.role, lambda deltas: self.start(deltas, **parameters), self.unit_of(parameters))
+
+    def unit_of(self, parameters: Mapping[str, Any]) -> Unit:
+        """The least it must see at once with these parameters."""
+        return "tensor" if self.whole_if is not None and self.whole_if(parameters) else self.unit
 
     def check_tasks(self, count: int) -> str | None:
         """What is wrong with this number of tasks, or None."""
@@ -248,6 +257,44 @@ def weighted_sum(tile: Tile) -> Any:
     return tile.total()
 
 
+def weighted_mean(tile: Tile) -> Tensor:
+    """The weighted sum divided by the sum of the weights.
+
+    Raises:
+        ParameterError: the weights add up to zero.
+    """
+    weights = tile.weights.double().sum(0)
+    if not bool((weights != 0).all()):
+        raise ParameterError(
+            f"{tile.name}: the task weights add up to zero, so they cannot be normalised; use normalize=False"
+        )
+    total = tile.total()
+    return total.div_(float(weights) if weights.ndim == 0 else weights.to(total).view_as(total))
+
+
+def weighted(tile: Tile) -> Tensor:
+    """The task vectors, each times its task weight, [task, *shape]: where a weight stands for a longer task vector."""
+    if tile.weights.ndim == 1 and bool((tile.weights == 1).all()):
+        return tile.stack
+    return tile.stack * tile.columns()
+
+
+def plain_mean(tile: Tile) -> Tensor:
+    """The mean of the (weighted) task vectors, in task order."""
+    return tile.total().div_(len(tile.tasks))
+
+
+def task_weights(tile: Tile, method: str) -> list[float]:
+    """The weights as one number for each task.
+
+    Raises:
+        ParameterError: they differ by element, which this method gives no meaning.
+    """
+    if tile.weights.ndim != 1:
+        raise ParameterError(f"{tile.name}: {method} takes one weight for each task, not one for each element")
+    return [float(weight) for weight in tile.weights.double()]
+
+
 __all__ = [
     "Deltas",
     "Density",
@@ -264,5 +311,9 @@ __all__ = [
     "method",
     "methods",
     "per_task",
+    "plain_mean",
+    "task_weights",
+    "weighted",
+    "weighted_mean",
     "weighted_sum",
 ]

@@ -239,6 +239,7 @@ class OneTensor:
 
     def __init__(self, deltas: Deltas, name: str):
         self._deltas = deltas
+        self.of_model: Mapping[str, TensorInfo] = getattr(deltas, "of_model", deltas.infos)
         self.tasks = deltas.tasks
         self.infos: Mapping[str, TensorInfo] = {name: deltas.infos[name]}
 
@@ -248,6 +249,11 @@ class OneTensor:
 
     def tile(self, name: str, start: int, stop: int, watch: Watch | None = None) -> Tile:
         return self._deltas.tile(name, start, stop, watch)
+
+
+def infos_of_model(deltas: Deltas) -> Mapping[str, TensorInfo]:
+    """Shapes of every merged tensor, also where a plan runs on one tensor alone (to know its depth, for example)."""
+    return getattr(deltas, "of_model", deltas.infos)
 
 
 __all__ = [
@@ -261,4 +267,5 @@ __all__ = [
     "Watch",
     "WeightsOf",
     "constant",
+    "infos_of_model",
 ]

@@ -44,9 +44,13 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Facts worth keeping: thresholds, kept fractions, warnings (under the key "warnings")."""
+    """Facts worth keeping: thresholds, kept fractions, warnings (under the key "warnings").
 
-    facts: Mapping[str, Any]
+    Attributes:
+        facts: the facts, or a function that gives them when the merge is done (for what kernels find on the way).
+    """
+
+    facts: Mapping[str, Any] | Callable[[], Mapping[str, Any]]
 
 
 Plan = Generator[Fold | Sample | Report, Any, Kernel]

@@ -166,6 +166,7 @@ class _Sweep:
         self._squares = [0] * len(deltas.tasks)
         self._digests: dict[tuple[int, str], SegmentDigest] = {}
         self._stop = threading.Event()
+        self._late: list[tuple[Stage, Report]] = []
 
     # -- the two scopes ------------------------------------------------------------------------------------------------
 
@@ -175,6 +176,7 @@ class _Sweep:
                 self._chain.append((stage, self._plan(stage)))
             label = "merging"
             self._pass(self._finish_tile, label)
+            self._late_reports()
         else:
             self.outcome.passes = 1
             self._parallel(
@@ -203,7 +205,16 @@ class _Sweep:
             else:
                 answer = self._fold(request, f"{stage.name}, statistics")
 
+    def _late_reports(self) -> None:
+        """What kernels found on the way."""
+        for stage, report in self._late:
+            assert callable(report.facts)
+            self._report(stage, Report(report.facts()))
+
     def _report(self, stage: Stage, report: Report, name: str | None = None) -> None:
+        if callable(report.facts):
+            self._late.append((stage, report))
+            return
         facts = dict(report.facts)
         with self._lock:
             for warning in facts.pop("warnings", ()):
@@ -408,13 +419,17 @@ class _TensorSweep(_Sweep):
         for stage in self.stages:
             self._chain.append((stage, self._plan(stage)))
         self._pass(self._finish_tile, "merging")
+        self._late_reports()
         with self.outer._lock:
             for task, total in enumerate(self._squares):
                 self.outer._squares[task] += total
         return self.outcome
 
     def _report(self, stage: Stage, report: Report, name: str | None = None) -> None:
-        self.outer._report(stage, report, self.name)
+        if callable(report.facts):
+            self._late.append((stage, report))
+        else:
+            self.outer._report(stage, report, self.name)
 
     def _parallel(self, items: list[tuple[str, int, int]], work: Callable[[str, int, int], None], label: str) -> None:
         for item in items:
