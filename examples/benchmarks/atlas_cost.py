@@ -133,7 +133,7 @@ def measure(shape: str, tasks: int, device: torch.device, options: argparse.Name
     optimizer = torch.optim.AdamW([composition.coefficients], lr=1e-4, weight_decay=0.1, fused=device.type == "cuda")
 
     def composed() -> None:
-        loss, grad = composition.gradient(loss_of, hold=options.hold)
+        _, grad = composition.gradient(loss_of, hold=options.hold)
         norm = torch.linalg.vector_norm(grad)
         composition.coefficients.grad = grad * (1.0 / (norm + 1e-6)).clamp(max=1.0)
         optimizer.step()
@@ -150,7 +150,7 @@ def measure(shape: str, tasks: int, device: torch.device, options: argparse.Name
     scales = {name: composition.bank.blocks[name].scales for name in names}
     with torch.no_grad():
         composition.coefficients.normal_(std=0.1)
-    loss, grad = composition.gradient(loss_of)
+    _, grad = composition.gradient(loss_of)
     composition.restore_()
     learned = composition.coefficients.clone().requires_grad_(True)
     base = {name: p.detach() for name, p in model.named_parameters()}

@@ -717,7 +717,7 @@ class Composition:
         self._forward_replaced = False
 
     def _fused_kernels(self) -> Any:
-        from merging.learn import kernels
+        from merging.learn.kernels import FusedBlocks, available
 
         names = [
             name
@@ -731,9 +731,9 @@ class Composition:
             and self._sums[name] == torch.float32
             and self._weights.parameters[name].is_contiguous()
         ]
-        if not names or not kernels.available():
+        if not names or not available():
             return None
-        return kernels.FusedBlocks(
+        return FusedBlocks(
             self.bank,
             {name: self._weights.parameters[name] for name in names},
             self._weights.base,

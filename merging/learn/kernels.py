@@ -102,7 +102,11 @@ class FusedBlocks:
     def _tiles_of(self, segments: Sequence[int] | range, size: int) -> tuple[Tensor, ...]:
         """Segment, first element and slot of every tile; then, slot by slot, first tile, number of tiles, segment."""
         sizes = [p.numel() for p in self.parameters.values()]
-        segment, start, slot, first, count = [], [], [], [], []
+        segment: list[int] = []
+        start: list[int] = []
+        slot: list[int] = []
+        first: list[int] = []
+        count: list[int] = []
         for i, s in enumerate(segments):
             tiles = math.ceil(sizes[s] / size)
             first.append(len(segment))
