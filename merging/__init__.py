@@ -4,20 +4,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _HOME = {
+    "Contributions": "stacks",
     "Recipe": "recipe",
-    "merge": "merge",
+    "merge": "streamed",
+    "merge_method": "method",
     "merge_stacks": "stacks",
-    "method": "method",
-    "methods": "method",
+    "verify": "streamed",
 }
 
-__all__ = ["Recipe", "merge", "merge_stacks", "method", "methods"]
+__all__ = ["Contributions", "Recipe", "merge", "merge_method", "merge_stacks", "verify"]
 
 if TYPE_CHECKING:
-    from merging.merge import merge
-    from merging.method import method, methods
+    from merging.method import merge_method
     from merging.recipe import Recipe
-    from merging.stacks import merge_stacks
+    from merging.stacks import Contributions, merge_stacks
+    from merging.streamed import merge, verify
 
 
 def __getattr__(name: str) -> Any:

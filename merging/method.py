@@ -25,6 +25,7 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
 
 Space = Literal["delta", "weight"]
 Needs = Literal["nothing", "statistics", "training"]
@@ -296,6 +297,7 @@ def task_weights(tile: Tile, method: str) -> list[float]:
 
 
 __all__ = [
+    "Count",
     "Deltas",
     "Density",
     "Fraction",

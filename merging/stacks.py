@@ -26,6 +26,7 @@ def merge_stacks(
     postprocess: "Sequence[str | Mapping[str, Any]]" = (),
     seed: int = 0,
     tasks: Sequence[str] | None = None,
+    base: "Mapping[str, Tensor] | None" = None,
     contributions: bool = False,
     options: Options = Options(),
     outcome: Outcome | None = None,
@@ -45,6 +46,7 @@ def merge_stacks(
         postprocess: methods applied to the merged delta, likewise.
         seed: for randomised methods.
         tasks: task names (they key the random draws).
+        base: the base's tensors, name -> [*shape], for the methods that look at them (arcee_fusion).
         contributions: return `Contributions`, the part of each task, instead (methods that have them, as pcb).
         options: device, threads and memory.
         outcome: filled with norms, thresholds, kept fractions and warnings, when given.
@@ -68,7 +70,7 @@ def merge_stacks(
         statistics = "model" if scope in ("global", "model") else "tensor"
     if contributions and not chosen.contributions:
         raise UsageError(f"{name} has no contributions by task; pcb does")
-    deltas = StackDeltas(found, tasks, constant(weights if weights is not None else [1.0] * count))
+    deltas = StackDeltas(found, tasks, constant(weights if weights is not None else [1.0] * count), base)
     stages = build_stages(chosen, parameters, preprocess, postprocess, count, seed=seed, contributions=contributions)
     if contributions:
         parts = Contributions(found, scale)

@@ -339,7 +339,7 @@ class Checkpoint:
                 f"{label}: {shortened(missing)} named in {index.name} but not there. Download again."
             )
         opened = cls._open_files(label, folder, [folder / shard for shard in shards], companions)
-        where = opened._shard_of()
+        where = opened.shards()
         problems = [
             f"{name}: {index.name} says {weight_map.get(name, 'nothing')}, found in {where.get(name, 'no shard')}"
             for name in sorted(weight_map.keys() | where.keys())
@@ -458,7 +458,8 @@ class Checkpoint:
         files = {place.file.path: None for place in self._places.values()}
         return (*files, *{Path(source.label): None for source in self._pickled.values()})
 
-    def _shard_of(self) -> dict[str, str]:
+    def shards(self) -> dict[str, str]:
+        """Tensor name to the name of the file that holds it."""
         return {name: place.file.path.name for name, place in self._places.items()} | {
             name: Path(source.label).name for name, source in self._pickled.items()
         }

@@ -1,1 +1,103 @@
-"""The command line: each command parses, calls one function, prints."""
+"""The command line: each command parses, calls one function, prints.
+
+Commands are imported when they are called, and heavy libraries inside them, so that `taskvec --help` answers at once.
+"""
+
+import sys
+from importlib import import_module
+from typing import Any
+
+import click
+
+# command -> module, attribute, help line (kept here so that the listing imports nothing)
+_COMMANDS: dict[str, tuple[str, str, str]] = {
+    "merge": ("merge", "merge_command", "Merge models by a recipe or by flags."),
+    "check": ("merge", "check", "Report every problem of a recipe, and what it would cost; read headers only."),
+    "convert": ("merge", "convert", "Turn a mergekit recipe into ours."),
+    "methods": ("catalogue", "methods_command", "List the merge methods, or explain one."),
+    "diff": ("vectors", "diff", "Make the task vector of a fine-tuned model."),
+    "apply": ("vectors", "apply", "Add a task vector or an adapter to a base."),
+    "extract-lora": ("vectors", "extract_lora_command", "Turn a fine-tuned model into a LoRA adapter of its base."),
+    "inspect": ("look", "inspect_command", "Show what a checkpoint, adapter or task vector holds."),
+    "compare": ("look", "compare", "Compare fine-tunes of one base, layer by layer."),
+    "verify": ("look", "verify_command", "Check a merged model against its provenance."),
+    "learn": ("learn", "learn", "Learn coefficients or masks with data."),
+    "coefficients": ("learn", "coefficients", "Show learned coefficients."),
+    "evaluate": ("dam", "evaluate", "Evaluate merged models; security reports."),
+    "edit": ("edit", "edit", "Correct chosen answers of a language model; list and undo edits."),
+    "audit": ("audit", "audit", "Look for planted edits in a checkpoint."),
+    "demo": ("demo", "demo", "The whole story on a small zoo that it builds itself, offline."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that imports a command's module when the command is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [name for name, (module, _, _) in _COMMANDS.items() if _is_there(module)]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS or not _is_there(_COMMANDS[cmd_name][0]):
+            return None
+        module, attribute, _ = _COMMANDS[cmd_name]
+        command = getattr(import_module(f"merging.commands.{module}"), attribute)
+        return command if isinstance(command, click.Command) else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, _COMMANDS[name][2]) for name in self.list_commands(ctx)])
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        from taskvec.errors import did_you_mean
+
+        if args and args[0] not in self.list_commands(ctx):
+            raise click.UsageError(
+                f"no such command {args[0]!r}." + did_you_mean(args[0], self.list_commands(ctx)), ctx
+            )
+        return super().resolve_command(ctx, args)
+
+
+def _is_there(module: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(f"merging.commands.{module}") is not None
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="taskvec")
+def cli() -> None:
+    """Merge fine-tuned models and work with task vectors: exact, in bounded memory, with an audit trail.
+
+    Results go to stdout (--json for programs), progress and messages to stderr. Exit codes: 0 done, 1 refused with a
+    report, 2 wrong usage.
+    """
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs the command line; turns our errors into messages and exit codes."""
+    from taskvec.errors import TaskvecError, UsageError
+
+    given = sys.argv[1:] if args is None else args
+    as_json = "--json" in given
+    try:
+        cli.main(args=given, prog_name="taskvec", standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show(sys.stderr)
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted; no output was left under its final name", err=True)
+        sys.exit(130)
+    except TaskvecError as error:
+        if as_json:
+            import json
+
+            problems = list(getattr(error, "problems", ())) or [str(error)]
+            click.echo(json.dumps({"error": type(error).__name__, "message": str(error), "problems": problems}))
+        click.echo(f"error: {error}", err=True)
+        for note in getattr(error, "__notes__", ()):
+            click.echo(note, err=True)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except BrokenPipeError:
+        sys.exit(0)

@@ -1,0 +1,689 @@
+"""From a recipe to open inputs that fit together, or to a list of everything that is wrong. Reads headers only."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merging.method import MergeMethod, method
+from merging.recipe import Recipe, unmatched, value_at
+from merging.stacks import seeded
+from taskvec.blocks import depth_of
+from taskvec.checkpoint import Checkpoint
+from taskvec.deltas import ModelDeltas, Task, WeightsOf
+from taskvec.errors import MismatchError, Problems, RecipeError, TaskvecError, UsageError, shortened
+from taskvec.plan import Kernel, Plan
+from taskvec.precision import FLOAT8, dtype_named, is_float
+from taskvec.source import TensorInfo, TensorSource, names_matching
+from taskvec.sweep import TILE, Options, Scope, Stage, free_memory
+from taskvec.vector import TaskVector, assert_alike, is_task_vector
+from taskvec.views import Only, Renamed, Resized
+from taskvec.writer import byte_count, bytes_text, check_output
+
+Notice = Callable[[str], None]
+
+
+@dataclass
+class Prepared:
+    """A recipe with its inputs open and everything decided that headers can decide.
+
+    Attributes:
+        recipe: what was asked for.
+        method: the combining method, `parameters` its complete parameters.
+        base: the base, or the first model for methods that need none.
+        tasks: the inputs, in order, seen through renaming and resizing.
+        merged: names of the tensors that are merged; `kept` those copied from the base.
+        infos: shape and stored dtype of every tensor of the output.
+        warnings: what is worth knowing, but no reason to refuse.
+    """
+
+    recipe: Recipe
+    method: MergeMethod
+    parameters: dict[str, Any]
+    scope: Scope
+    base: TensorSource
+    has_base: bool
+    tasks: list[Task]
+    originals: dict[str, TensorSource]
+    merged: list[str]
+    kept: list[str]
+    infos: dict[str, TensorInfo]
+    weights: WeightsOf
+    masks: "Callable[[str, int, int], Tensor] | None"
+    depth: dict[str, int]
+    warnings: list[str] = field(default_factory=list)
+
+    @cached_property
+    def deltas(self) -> ModelDeltas:
+        """The task vectors, ready for the engine."""
+        return ModelDeltas(
+            self.base if self.has_base else None,
+            self.tasks,
+            self.merged,
+            space=self.method.space,
+            weights=self.weights,
+            masks=self.masks,
+        )
+
+    def stages(self) -> list[Stage]:
+        """The stages of the merge. Parameters given by pattern are resolved for the tensor whose turn it is."""
+        recipe, count = self.recipe, len(self.tasks)
+        stages = [self._stage(method(_name(step)), _given(step), count) for step in recipe.preprocess]
+        stages.append(self._stage(self.method, recipe.parameters, count))
+        if self.method.role == "preprocess":
+            from merging.method import weighted_sum
+
+            stages.append(Stage("task_arithmetic", "combine", lambda deltas: weighted_sum))
+        if self.method.space == "delta" and recipe.scale != 1.0:
+            stages.append(Stage("scale", "postprocess", lambda deltas: self._scaled))
+        return stages + [self._stage(method(_name(step)), _given(step), count) for step in recipe.postprocess]
+
+    def _scaled(self, tile: Any) -> Tensor:
+        scaled: Tensor = tile.merged * value_at(self.recipe.scale, tile.name, self.depth)
+        return scaled
+
+    def _stage(self, chosen: MergeMethod, given: Mapping[str, Any], count: int) -> Stage:
+        def start(deltas: Any) -> "Plan | Kernel":
+            values = dict(given)
+            if self.scope == "tensor" and len(deltas.infos) == 1:
+                (name,) = deltas.infos
+                values = {key: resolved(value, name, self.depth) for key, value in given.items()}
+            return chosen.start(deltas, **seeded(chosen, chosen.bound(values, count), values, self.recipe.seed))
+
+        return Stage(chosen.name, chosen.role, start, chosen.unit_of(given))
+
+    def options(self) -> Options:
+        """Budget, threads and device of the recipe."""
+        memory = None if self.recipe.memory is None else byte_count(self.recipe.memory)
+        return Options(memory=memory, workers=self.recipe.workers, device=self.recipe.device)
+
+    def input_paths(self) -> list[Path]:
+        """Every file or folder that is read."""
+        found = [getattr(source, "path", None) for source in (self.base, *self.originals.values())]
+        return [path for path in found if path is not None]
+
+    def companions(self) -> tuple[tuple[Path, ...], Path | None]:
+        """The files beside the base's weights (without a base: the first model's), and their folder."""
+        return getattr(self.base, "companions", ()), getattr(self.base, "path", None)
+
+    # -- what `taskvec check` prints -------------------------------------------------------------------------------------
+
+    def passes(self) -> int:
+        """Passes over the inputs in the common case."""
+        steps = [*self.recipe.preprocess, *self.recipe.postprocess]
+        return self.method.passes + sum(method(_name(step)).passes - 1 for step in steps)
+
+    def bytes_to_read(self) -> int:
+        """Bytes read from the inputs, when no delta can be kept between passes."""
+        kept = sum(self.base.infos[name].nbytes for name in self.kept)
+        return (1 if self.scope == "tensor" else self.passes()) * self.deltas.bytes_per_pass() + kept
+
+    def output_bytes(self) -> int:
+        return sum(info.nbytes for info in self.infos.values())
+
+    def peak_memory(self) -> int:
+        """Bytes of working memory: the budget, or less where everything fits below it."""
+        options = self.options()
+        budget = options.memory if options.memory is not None else free_memory() // 4
+        workers = options.workers or len(os.sched_getaffinity(0))
+        tiles = TILE * 4 * (4 * len(self.tasks) + 4) * workers
+        everything = sum(self.deltas.infos[name].numel * 4 * (2 * len(self.tasks) + 4) for name in self.merged)
+        return min(max(budget, tiles), tiles + everything)
+
+
+def _name(step: Any) -> str:
+    return step if isinstance(step, str) else str(step.get("method", ""))
+
+
+def _given(step: Any) -> dict[str, Any]:
+    return {} if isinstance(step, str) else {key: value for key, value in step.items() if key != "method"}
+
+
+def resolved(value: Any, name: str, depth: Mapping[str, int]) -> Any:
+    """A parameter value for one tensor: mappings from patterns and gradients become what holds there."""
+    from merging.recipe import Gradient
+
+    if isinstance(value, Mapping) and set(value) == {"gradient"}:
+        return Gradient(gradient=value["gradient"]).at(name, depth)
+    if isinstance(value, Mapping):
+        inner = {key: Gradient(gradient=v["gradient"]) if isinstance(v, Mapping) else v for key, v in value.items()}
+        return value_at(inner, name, depth, None)
+    return value
+
+
+def prepare(recipe: Recipe, out: "str | os.PathLike[str] | None" = None, *, overwrite: bool = False) -> Prepared:
+    """Opens a recipe's inputs and checks them against each other, the method and the output place.
+
+    Raises:
+        RecipeError: everything that is wrong, at once.
+    """
+    problems, warnings = Problems(), []
+    chosen = _method(recipe, problems)
+    parameters = _parameters(recipe, chosen, problems)
+    base = _open(recipe.base, recipe.base_revision, problems) if recipe.base is not None else None
+    if chosen is not None and chosen.needs_base and recipe.base is None:
+        problems.add(
+            f"base: {chosen.name} works on differences to a base; name the model that the tasks were tuned from"
+        )
+    originals: dict[str, TensorSource] = {}
+    tasks: list[Task] = []
+    for spec in recipe.tasks:
+        task = _task(spec.label, spec.path, spec.revision, base, problems, missing_base=recipe.base is None)
+        if task is None:
+            continue
+        originals[task.name] = task.source
+        if spec.rename:
+            try:
+                task = Task(task.name, Renamed(task.source, spec.rename), task.is_delta)
+            except MismatchError as error:
+                problems.extend(error.problems)
+        tasks.append(task)
+    _same_twice(recipe, problems)
+    if out is not None:
+        inputs = [getattr(s, "path", None) for s in (base, *originals.values())]
+        try:
+            check_output(
+                Path(os.path.abspath(os.fspath(out))), [p for p in inputs if p is not None], overwrite=overwrite
+            )
+        except TaskvecError as error:
+            problems.add(str(error))
+    if len(tasks) < len(recipe.tasks) or (recipe.base is not None and base is None) or chosen is None:
+        problems.raise_if_any(RecipeError)
+    assert chosen is not None
+    first: TensorSource = base if base is not None else tasks[0].source
+    _quantised([first, *(task.source for task in tasks)], problems)
+    exclude = set(names_matching(list(first.infos), recipe.exclude))
+    everywhere = list({name: None for source in (first, *(t.source for t in tasks)) for name in source.infos})
+    _patterns(recipe, everywhere, list(first.infos), problems)
+    if recipe.exclude:
+        first = Only(first, lambda name: name not in exclude) if exclude else first
+        tasks = [Task(t.name, Only(t.source, _outside(recipe.exclude)), t.is_delta) for t in tasks]
+    first, tasks = _resized(recipe, first, tasks, problems)
+    _alike(recipe, first, tasks, problems)
+    problems.raise_if_any(RecipeError)
+    kept_patterns = set(names_matching(list(first.infos), recipe.keep_base))
+    included = set(names_matching(list(first.infos), recipe.include)) if recipe.include else set(first.infos)
+    candidates = [n for n in first.infos if recipe.tied == "all" or n not in first.aliases]
+    merged = [n for n in candidates if is_float(first.infos[n].dtype) and n in included and n not in kept_patterns]
+    tied_names = {n for n in first.aliases if first.aliases[n] in merged and recipe.tied == "once"}
+    kept = [n for n in first.infos if n not in set(merged) and n not in tied_names]
+    if not merged:
+        problems.add("nothing would be merged: include, exclude and keep_base leave no floating tensor")
+    warnings += _integers(first, tasks, kept)
+    _tied_apart(first, tasks, problems)
+    depth = depth_of(first.infos)
+    shapes = {name: first.infos[name].shape for name in merged}
+    weights = _weights(recipe, chosen, parameters, merged, depth, shapes, problems)
+    masks = _masks(recipe, merged, problems)
+    infos = _output_infos(recipe, first, problems)
+    scope: Scope = recipe.statistics or chosen.statistics
+    if scope == "model":
+        by_name = [k for k, v in recipe.parameters.items() if isinstance(v, Mapping)]
+        problems.extend(
+            f"parameters.{k}: values by pattern or depth need `statistics: tensor`; with the whole model's statistics there is one value"
+            for k in by_name
+        )
+    _device(recipe, problems)
+    warnings += _tokenizers(first, tasks)
+    prepared = Prepared(
+        recipe,
+        chosen,
+        parameters,
+        scope,
+        first,
+        base is not None,
+        tasks,
+        originals,
+        merged,
+        kept,
+        infos,
+        weights,
+        masks,
+        depth,
+        warnings,
+    )
+    if not problems:
+        _memory(prepared, problems)
+        if out is not None:
+            _space(prepared, Path(os.path.abspath(os.fspath(out))), problems)
+    problems.raise_if_any(RecipeError)
+    return prepared
+
+
+# -- pieces ----------------------------------------------------------------------------------------------------------------
+
+
+def _outside(patterns: Sequence[str]) -> Callable[[str], bool]:
+    return lambda name: not names_matching([name], patterns)
+
+
+def _method(recipe: Recipe, problems: Problems) -> MergeMethod | None:
+    for role, steps in (("preprocess", recipe.preprocess), ("postprocess", recipe.postprocess)):
+        for step in steps:
+            try:
+                found = method(_name(step))
+                if found.role != role:
+                    problems.add(f"{role}: {found.name} is a {found.role} method")
+                else:
+                    found.bound({k: _sample_value(v) for k, v in _given(step).items()}, len(recipe.tasks))
+            except RecipeError as error:
+                problems.extend(f"{role}: {problem}" for problem in error.problems)
+            except UsageError as error:
+                problems.add(f"{role}: {error}")
+    try:
+        chosen = method(recipe.method)
+    except UsageError as error:
+        problems.add(f"method: {error}")
+        return None
+    if chosen.role == "postprocess":
+        problems.add(f"method: {chosen.name} changes a merged delta; put it under `postprocess`")
+        return None
+    wrong = chosen.check_tasks(len(recipe.tasks))
+    if wrong:
+        problems.add(f"tasks: {wrong}")
+    if chosen.space == "weight" and recipe.scale != 1.0:
+        problems.add(f"scale: {chosen.name} works on weights, not on differences; it has no scale")
+    return chosen
+
+
+def _sample_value(value: Any) -> Any:
+    """Any one value of a mapping from patterns, to check its type."""
+    if isinstance(value, Mapping):
+        inner = next(iter(value.values()), None)
+        return _sample_value(inner[0] if isinstance(inner, list) and set(value) == {"gradient"} else inner)
+    return value
+
+
+def _parameters(recipe: Recipe, chosen: MergeMethod | None, problems: Problems) -> dict[str, Any]:
+    if chosen is None:
+        return {}
+    values: dict[str, Any] = {}
+    leaves: list[dict[str, Any]] = [{}]
+    for key, value in recipe.parameters.items():
+        options = _leaves(value)
+        leaves = [{**leaf, key: option} for leaf in leaves[:1] for option in options] + leaves[1:]
+    try:
+        for leaf in leaves:
+            bound = chosen.bound(
+                {**{k: _sample_value(v) for k, v in recipe.parameters.items()}, **leaf}, len(recipe.tasks)
+            )
+            values = values or bound
+    except RecipeError as error:
+        problems.extend(f"parameters.{problem}" for problem in error.problems)
+    return {**seeded(chosen, values, recipe.parameters, recipe.seed), **recipe.parameters} if values else {}
+
+
+def _leaves(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        if set(value) == {"gradient"}:
+            return list(value["gradient"])
+        return [leaf for inner in value.values() for leaf in _leaves(inner)]
+    return [value]
+
+
+def _open(path: str, revision: str | None, problems: Problems) -> TensorSource | None:
+    try:
+        return Checkpoint.open(path, revision)
+    except TaskvecError as error:
+        problems.add(str(error))
+        return None
+
+
+def _task(
+    name: str, path: str, revision: str | None, base: TensorSource | None, problems: Problems, *, missing_base: bool
+) -> Task | None:
+    folder = Path(path).expanduser()
+    try:
+        if (folder / "adapter_config.json").is_file():
+            if base is None:
+                if missing_base:
+                    problems.add(
+                        f"{path}: an adapter is a change to its base; name the base it was trained on (`base:`)"
+                    )
+                return None
+            from taskvec.adapter import Adapter
+
+            return Task(name, Adapter.open(path, base), is_delta=True)
+        source = Checkpoint.open(path, revision)
+        if is_task_vector(source):
+            if base is None:
+                if missing_base:
+                    problems.add(f"{path}: a task vector is a difference to its base; name that base (`base:`)")
+                return None
+            vector = TaskVector.load(path)
+            vector.apply_to(base)  # refuses another base
+            return Task(name, vector, is_delta=True)
+        return Task(name, source)
+    except MismatchError as error:
+        problems.extend(error.problems)
+    except TaskvecError as error:
+        problems.add(str(error))
+    return None
+
+
+def _same_twice(recipe: Recipe, problems: Problems) -> None:
+    seen: dict[str, str] = {}
+    base = os.path.realpath(recipe.base) if recipe.base is not None else None
+    for spec in recipe.tasks:
+        real = os.path.realpath(spec.path) if os.path.exists(spec.path) else f"{spec.path}@{spec.revision}"
+        if real in seen and "duplicate_task" not in recipe.allow:
+            problems.add(
+                f"tasks: {spec.path} is there twice. Give it one larger weight instead, or allow it (`allow: [duplicate_task]`)"
+            )
+        if real == base and "zero_task" not in recipe.allow:
+            problems.add(
+                f"tasks: {spec.path} is the base itself; its task vector is zero (`allow: [zero_task]` lets it through)"
+            )
+        seen[real] = spec.label
+
+
+def _quantised(sources: Sequence[TensorSource], problems: Problems) -> None:
+    for source in sources:
+        config = getattr(source, "config", {})
+        quantised = config.get("quantization_config") if isinstance(config, Mapping) else None
+        packed = [n for n in source.infos if n.endswith((".qweight", ".qzeros", ".absmax", ".quant_map", ".SCB"))]
+        scaled = [
+            n
+            for n, info in source.infos.items()
+            if info.dtype in FLOAT8
+            and any(n + end in source.infos for end in ("_scale_inv", "_scale", ".scale", "_scale_2"))
+        ]
+        if quantised or packed or scaled:
+            kind = quantised.get("quant_method", "quantised") if isinstance(quantised, Mapping) else "quantised"
+            where = f" ({shortened(packed or scaled, 2)})" if packed or scaled else ""
+            problems.add(
+                f"{source.label}: a {kind} checkpoint{where}; its numbers are codes or need their scales, so averaging them "
+                "would be wrong. Dequantise it first."
+            )
+
+
+def _patterns(recipe: Recipe, everywhere: list[str], names: list[str], problems: Problems) -> None:
+    for key in ("include", "keep_base"):
+        for pattern in getattr(recipe, key):
+            if not names_matching(names, [pattern]):
+                problems.add(f"{key}: the pattern {pattern!r} matches no tensor")
+    for pattern in recipe.exclude:
+        if not names_matching(everywhere, [pattern]):
+            problems.add(f"exclude: the pattern {pattern!r} matches no tensor")
+    problems.extend(f"resize: the pattern {p!r} matches no tensor" for p in unmatched(recipe.resize, names))
+    problems.extend(f"scale: the pattern {p!r} matches no tensor" for p in unmatched(recipe.scale, names))
+    for spec in recipe.tasks:
+        problems.extend(
+            f"weight of {spec.label}: the pattern {p!r} matches no tensor" for p in unmatched(spec.weight, names)
+        )
+    for key, value in recipe.parameters.items():
+        if isinstance(value, Mapping) and set(value) != {"gradient"}:
+            problems.extend(f"parameters.{key}: the pattern {p!r} matches no tensor" for p in unmatched(value, names))
+
+
+def _resized(
+    recipe: Recipe, first: TensorSource, tasks: list[Task], problems: Problems
+) -> tuple[TensorSource, list[Task]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, info in first.infos.items():
+        others = [t.source.infos[name].shape for t in tasks if name in t.source.infos]
+        if all(shape == info.shape for shape in others) or not info.shape:
+            continue
+        if any(len(shape) != len(info.shape) or shape[1:] != info.shape[1:] for shape in others):
+            continue  # not a matter of rows; reported with the other shapes
+        how = next((how for pattern, how in recipe.resize.items() if names_matching([name], [pattern])), None)
+        if how is not None:
+            shapes[name] = (
+                info.shape if how == "base" else (min(info.shape[0], *(s[0] for s in others)), *info.shape[1:])
+            )
+    if not shapes:
+        if recipe.resize and not any(problem.startswith("resize") for problem in problems.found):
+            problems.add("resize: every tensor that the patterns match has the same shape in all models")
+        return first, tasks
+    if any(task.is_delta for task in tasks):
+        problems.add("resize: works between whole models, not with adapters or stored task vectors")
+    return Resized(first, shapes, first), [Task(t.name, Resized(t.source, shapes, first), t.is_delta) for t in tasks]
+
+
+def _alike(recipe: Recipe, first: TensorSource, tasks: list[Task], problems: Problems) -> None:
+    untouched = _outside(recipe.keep_base) if recipe.keep_base else None
+    for task in tasks:
+        if task.is_delta:
+            continue
+        ours: TensorSource = Only(first, untouched) if untouched else first
+        theirs: TensorSource = Only(task.source, untouched) if untouched else task.source
+        if recipe.include:
+            wanted = _outside(recipe.include)
+            ours, theirs = Only(ours, lambda n: not wanted(n)), Only(theirs, lambda n: not wanted(n))
+        try:
+            assert_alike(ours, {task.name: theirs})
+        except MismatchError as error:
+            for problem in error.problems:
+                problems.add(problem)
+            rows = [
+                n
+                for n, i in theirs.infos.items()
+                if n in ours.infos and i.shape != ours.infos[n].shape and i.shape[1:] == ours.infos[n].shape[1:]
+            ]
+            if rows:
+                problems.add(
+                    f'(for a vocabulary of another size: `resize: {{"{rows[0]}": base}}` keeps the base\'s rows, `truncate` the '
+                    "rows that all models have)"
+                )
+            if any("not in" in p or "are missing" in p for p in error.problems):
+                hint = _prefix(ours, theirs)
+                problems.add(
+                    hint
+                    or "(`exclude` leaves tensors out of the merge and of the output, `keep_base` keeps the base's)"
+                )
+
+
+def _prefix(ours: TensorSource, theirs: TensorSource) -> str | None:
+    """A renaming that would make the names fit, if there is one."""
+    mine, other = set(ours.infos), list(theirs.infos)
+    for name in sorted(mine)[:50]:
+        for candidate in other:
+            if candidate.endswith("." + name) or name.endswith("." + candidate):
+                longer, shorter = (candidate, name) if len(candidate) > len(name) else (name, candidate)
+                prefix = longer[: len(longer) - len(shorter)]
+                old, new = (prefix, "") if longer == candidate else ("", prefix)
+                if sum((new + n[len(old) :]) in mine for n in other if n.startswith(old)) * 2 > len(mine):
+                    return f'(the names fit after renaming: give the task `rename: {{"{old}": "{new}"}}`)'
+    return None
+
+
+def _integers(first: TensorSource, tasks: list[Task], kept: list[str]) -> list[str]:
+    warnings = []
+    for name in kept:
+        info = first.infos[name]
+        if is_float(info.dtype) or info.numel > 1 << 24:
+            continue
+        ours = first.read(name)
+        differ = [
+            t.name
+            for t in tasks
+            if not t.is_delta and name in t.source.infos and not torch.equal(t.source.read(name), ours)
+        ]
+        if differ:
+            warnings.append(
+                f"{name}: {info.dtype} values differ in {shortened(differ)}; integers are never averaged, the base's are kept"
+            )
+    return warnings
+
+
+def _tied_apart(first: TensorSource, tasks: list[Task], problems: Problems) -> None:
+    for task in tasks:
+        for name, to in first.aliases.items():
+            infos = task.source.infos
+            if task.is_delta or name not in infos or to not in infos or task.source.aliases.get(name) == to:
+                continue
+            size = infos[name].numel
+            step = 1 << 22
+            if any(
+                not torch.equal(
+                    task.source.read_flat(name, i, min(i + step, size)),
+                    task.source.read_flat(to, i, min(i + step, size)),
+                )
+                for i in range(0, size, step)
+            ):
+                problems.add(
+                    f"{task.name}: {name} and {to} are one tensor in the base, but differ here; merging would drop one of them. "
+                    "Untie the base first, or keep it (`keep_base`)."
+                )
+
+
+def _weights(
+    recipe: Recipe,
+    chosen: MergeMethod,
+    parameters: Mapping[str, Any],
+    merged: list[str],
+    depth: Mapping[str, int],
+    shapes: Mapping[str, tuple[int, ...]],
+    problems: Problems,
+) -> WeightsOf:
+    fixed = {
+        name: torch.tensor(
+            [float(value_at(spec.weight, name, depth)) for spec in recipe.tasks], dtype=torch.float64
+        ).float()
+        for name in merged
+    }
+    if recipe.coefficients is None:
+        zero = [name for name, weights in fixed.items() if not bool((weights != 0).any())]
+        if zero:
+            problems.add(f"weights: all are zero for {shortened(zero)}; nothing would be merged there")
+        if chosen.space == "weight" and parameters.get("normalize", False) is True:
+            none = [name for name, weights in fixed.items() if float(weights.double().sum()) == 0]
+            if none:
+                problems.add(
+                    f"weights: they add up to zero for {shortened(none)}, so they cannot be normalised (normalize: false)"
+                )
+        return lambda name, start, stop: fixed[name]
+    from taskvec.coefficients import Coefficients
+
+    try:
+        learned = Coefficients.load(recipe.coefficients)
+    except TaskvecError as error:
+        problems.add(str(error))
+        return lambda name, start, stop: fixed[name]
+    labels = [spec.label for spec in recipe.tasks]
+    same = sorted(labels) == sorted(learned.tasks)
+    try:
+        learned.check(merged, tasks=learned.tasks if same else labels, source=recipe.coefficients)
+    except MismatchError as error:
+        problems.extend(f"{recipe.coefficients}: {problem}" for problem in error.problems)
+        return lambda name, start, stop: fixed[name]
+    order = torch.tensor([list(learned.tasks).index(label) for label in labels])
+
+    def weights(name: str, start: int, stop: int) -> Tensor:
+        if learned.is_scalar(name):
+            return learned.weights(name)[order].float() * fixed[name]
+        return learned.expand(name, shapes[name], start, stop)[order].float() * fixed[name][:, None]
+
+    return weights
+
+
+def _masks(recipe: Recipe, merged: list[str], problems: Problems) -> "Callable[[str, int, int], Tensor] | None":
+    if recipe.masks is None:
+        return None
+    from taskvec.masks import Masks
+
+    try:
+        masks = Masks.load(recipe.masks)
+    except TaskvecError as error:
+        problems.add(str(error))
+        return None
+    lacking = [name for name in merged if name not in masks.infos]
+    if lacking:
+        problems.add(
+            f"{recipe.masks}: has no mask for {len(lacking)} tensors: {shortened(lacking)} (`keep_base` would leave them)"
+        )
+    return masks.read_flat
+
+
+def _output_infos(recipe: Recipe, first: TensorSource, problems: Problems) -> dict[str, TensorInfo]:
+    stored = None
+    if recipe.output.dtype is not None:
+        try:
+            stored = dtype_named(recipe.output.dtype)
+        except UsageError as error:
+            problems.add(f"output.{error}")
+    try:
+        byte_count(recipe.output.shard_size)
+        if recipe.memory is not None:
+            byte_count(recipe.memory)
+    except UsageError as error:
+        problems.add(str(error))
+    names = [n for n in first.infos if n not in first.aliases or isinstance(first, Checkpoint | Only | Resized)]
+    return {
+        n: TensorInfo(
+            first.infos[n].shape,
+            stored if stored is not None and is_float(first.infos[n].dtype) else first.infos[n].dtype,
+        )
+        for n in names
+    }
+
+
+def _device(recipe: Recipe, problems: Problems) -> None:
+    try:
+        device = torch.device(recipe.device)
+    except RuntimeError:
+        problems.add(f"device: {recipe.device!r} is not a device; write cpu, cuda or cuda:1")
+        return
+    if device.type == "cuda" and not torch.cuda.is_available():
+        problems.add("device: no CUDA device is available here; use cpu")
+    elif device.type not in ("cpu", "cuda"):
+        problems.add(f"device: {recipe.device!r} is not supported; use cpu or cuda")
+
+
+def _tokenizers(first: TensorSource, tasks: list[Task]) -> list[str]:
+    def vocabulary(source: TensorSource) -> tuple[bytes, Path] | None:
+        for path in getattr(source, "companions", ()):
+            if path.name == "tokenizer.json":
+                return path.read_bytes(), path
+        return None
+
+    ours = vocabulary(first)
+    warnings = []
+    for task in tasks:
+        theirs = vocabulary(task.source)
+        if ours is None or theirs is None or ours[0] == theirs[0]:
+            continue
+        try:
+            one, other = (json.loads(text)["model"].get("vocab") for text, _ in (ours, theirs))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue
+        if one != other:
+            warnings.append(
+                f"{task.name}: its tokenizer has another vocabulary than {first.label}'s; rows of the embeddings mean other "
+                "tokens there, and merging them mixes unrelated tokens"
+            )
+    return warnings
+
+
+def _memory(prepared: Prepared, problems: Problems) -> None:
+    stages = prepared.stages()
+    budget = prepared.options().memory
+    if budget is None:
+        budget = free_memory() // 4
+    count = len(prepared.tasks)
+    least = TILE * 4 * (2 * count + 4)
+    what = "tiles"
+    if any(stage.unit == "tensor" for stage in stages):
+        biggest = max(prepared.merged, key=lambda name: prepared.deltas.infos[name].numel)
+        least, what = prepared.deltas.infos[biggest].numel * 4 * (2 * count + 4), f"{biggest}, which it needs whole"
+    if least > budget:
+        problems.add(
+            f"memory: {prepared.method.name} needs about {bytes_text(least)} for {what}; the budget is {bytes_text(budget)}. "
+            "Raise it (--memory), or leave that tensor out (keep_base)."
+        )
+
+
+def _space(prepared: Prepared, out: Path, problems: Problems) -> None:
+    parent = next((folder for folder in out.parents if folder.exists()), None)
+    if parent is None:
+        return
+    needed, free = prepared.output_bytes() + (16 << 20), shutil.disk_usage(parent).free
+    if needed > free:
+        problems.add(f"{out}: the output needs {bytes_text(needed)}, but only {bytes_text(free)} are free there.")

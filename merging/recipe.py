@@ -1,0 +1,352 @@
+"""Recipes: what a merge is made of, as types and as YAML. Every mistake is reported at once, with its line."""
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from io import StringIO
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from taskvec.blocks import depth_of, layer_of, tower_of
+from taskvec.errors import NotFoundError, RecipeError, did_you_mean
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=False)
+
+
+class Gradient(_Strict):
+    """A value that changes over the depth of the model.
+
+    Attributes:
+        gradient: values at evenly spaced depths; layers in between are interpolated. Tensors outside the layers take
+            the first value.
+    """
+
+    gradient: Annotated[list[Finite], Field(min_length=1)]
+
+    def at(self, name: str, depth: Mapping[str, int]) -> float:
+        layer = layer_of(name)
+        layers = depth.get(tower_of(name), 1)
+        position = 0.0 if layer is None or layers < 2 else layer / (layers - 1)
+        place = position * (len(self.gradient) - 1)
+        first = min(int(place), len(self.gradient) - 1)
+        last = min(first + 1, len(self.gradient) - 1)
+        share = place - first
+        return self.gradient[first] * (1 - share) + self.gradient[last] * share
+
+
+Leaf = Finite | Gradient
+ByName = Leaf | dict[str, Leaf]
+"""A number, a gradient over depth, or a mapping from patterns to those (first match wins; `default` for the rest)."""
+
+
+def value_at(value: Any, name: str, depth: Mapping[str, int], otherwise: Any = 1.0) -> Any:
+    """The value that holds for one tensor.
+
+    Args:
+        value: a number (or any parameter value), a `Gradient`, or a mapping from patterns to them.
+        name: the tensor.
+        depth: layers of each tower, from `taskvec.blocks.depth_of`.
+        otherwise: what holds where no pattern matches and there is no `default`.
+    """
+    if isinstance(value, Gradient):
+        return value.at(name, depth)
+    if isinstance(value, Mapping):
+        for pattern, leaf in value.items():
+            if pattern != "default" and fnmatchcase(name, pattern):
+                return value_at(leaf, name, depth)
+        return value_at(value.get("default", otherwise), name, depth)
+    return value
+
+
+def unmatched(value: Any, names: Iterable[str]) -> list[str]:
+    """The patterns of a mapping that match none of the names."""
+    if not isinstance(value, Mapping):
+        return []
+    found = list(names)
+    return [p for p in value if p != "default" and not any(fnmatchcase(name, p) for name in found)]
+
+
+class TaskSpec(_Strict):
+    """One model to merge.
+
+    Attributes:
+        path: checkpoint, adapter or stored task vector: a path or a hub id.
+        name: how reports call it; default: the last part of the path.
+        weight: its weight, a number, a gradient over depth, or by tensor pattern.
+        revision: revision of a hub id.
+        rename: prefixes of its tensor names that are replaced (`{"model.": ""}`).
+    """
+
+    path: str
+    name: str | None = None
+    weight: ByName = 1.0
+    revision: str | None = None
+    rename: dict[str, str] = Field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        return self.name or Path(self.path).name or self.path
+
+
+class OutputSpec(_Strict):
+    """How the result is stored.
+
+    Attributes:
+        dtype: of floating tensors; default: as the base stores each of them.
+        shard_size: largest size of one file.
+    """
+
+    dtype: str | None = None
+    shard_size: str | int = "5GB"
+
+
+def _as_task(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Patterns = Annotated[list[str], BeforeValidator(_as_list)]
+Step = str | dict[str, Any]
+
+
+class Recipe(_Strict):
+    """A merge, completely described.
+
+    Attributes:
+        base: the model that all tasks were tuned from. Methods in weight space (average, slerp) can do without.
+        tasks: the models to merge, in order.
+        method: a name of the catalogue.
+        parameters: the method's parameters. Where statistics are by tensor, a value may be a mapping from patterns.
+        scale: one number for the whole merge (λ), or by depth or pattern.
+        statistics: whose order statistics and norms count: the whole model's or each tensor's; default: the method's.
+        tied: whether tied tensors count once in statistics, or each time they appear.
+        preprocess, postprocess: further methods, applied to the task vectors first and to the merged delta last.
+        coefficients: a file of learned coefficients, used as task weights.
+        masks: a file of learned masks that multiply the task vectors.
+        include: patterns of the tensors that are merged; all others stay the base's.
+        exclude: patterns of tensors that are left out of everything, the output included.
+        keep_base: patterns of tensors that stay the base's.
+        resize: what to do with tensors whose first dimension differs (vocabularies): `truncate` or `base`, by pattern.
+        output: dtype and shard size.
+        seed: for randomised methods.
+        device: where kernels run.
+        memory: budget for tiles and kept deltas ("2GiB"); default: a quarter of what is free.
+        workers: threads; default: one for each core. No result depends on it.
+        allow: what is refused otherwise: "zero_task" (a task equal to the base), "duplicate_task".
+    """
+
+    base: str | None = None
+    base_revision: str | None = None
+    tasks: Annotated[list[Annotated[TaskSpec, BeforeValidator(_as_task)]], Field(min_length=1)]
+    method: str
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    scale: ByName = 1.0
+    statistics: Literal["model", "tensor"] | None = None
+    tied: Literal["once", "all"] = "once"
+    preprocess: list[Step] = Field(default_factory=list)
+    postprocess: list[Step] = Field(default_factory=list)
+    coefficients: str | None = None
+    masks: str | None = None
+    include: Patterns = Field(default_factory=list)
+    exclude: Patterns = Field(default_factory=list)
+    keep_base: Patterns = Field(default_factory=list)
+    resize: dict[str, Literal["truncate", "base"]] = Field(default_factory=dict)
+    output: OutputSpec = OutputSpec()
+    seed: Annotated[int, Field(ge=0)] = 0
+    device: str = "cpu"
+    memory: str | int | None = None
+    workers: Annotated[int, Field(ge=1)] | None = None
+    allow: list[Literal["zero_task", "duplicate_task"]] = Field(default_factory=list)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tasks_by_name(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and isinstance(data.get("tasks"), Mapping):
+            tasks = [
+                {"name": name, **({"path": task} if isinstance(task, str) else dict(task))}
+                for name, task in data["tasks"].items()
+            ]
+            return {**data, "tasks": tasks}
+        return data
+
+    @field_validator("tasks")
+    @classmethod
+    def _distinct_names(cls, tasks: list[TaskSpec]) -> list[TaskSpec]:
+        """Two folders called `model` are told apart by what comes before."""
+        labels = [task.label for task in tasks]
+        if len(set(labels)) == len(labels):
+            return tasks
+        named = []
+        for task, label in zip(tasks, labels):
+            if labels.count(label) > 1 and task.name is None:
+                label = task.path
+            named.append(task.model_copy(update={"name": label}))
+        full = [task.name for task in named]
+        if len(set(full)) < len(full):
+            numbered = [f"{name} ({i + 1})" if full.count(name) > 1 else name for i, name in enumerate(full)]
+            named = [task.model_copy(update={"name": name}) for task, name in zip(named, numbered)]
+        return named
+
+    # -- reading and writing -----------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(cls, path: "str | os.PathLike[str]") -> "Recipe":
+        """A recipe from a YAML file (or JSON, which is YAML). mergekit's YAML is read into the same type.
+
+        Raises:
+            NotFoundError: no such file.
+            RecipeError: every mistake in it, with line numbers.
+        """
+        file = Path(path)
+        if not file.is_file():
+            raise NotFoundError(f"{file}: no such recipe file.")
+        return cls.from_text(file.read_text("utf-8"), where=str(file))
+
+    @classmethod
+    def from_text(cls, text: str, *, where: str = "recipe") -> "Recipe":
+        """A recipe from YAML text."""
+        data = parsed_yaml(text, where)
+        if isinstance(data, Mapping) and "merge_method" in data:
+            from merging.mergekit import read_mergekit
+
+            return read_mergekit(text, where=where)
+        return cls.from_data(data, where=where)
+
+    @classmethod
+    def from_data(cls, data: Any, *, where: str = "recipe") -> "Recipe":
+        """A recipe from plain mappings and lists."""
+        if not isinstance(data, Mapping):
+            raise RecipeError(f"{where}: a recipe is a mapping of keys, found {type(data).__name__}", title=where)
+        try:
+            return cls.model_validate(plain(data))
+        except ValidationError as error:
+            raise RecipeError(located(error, data, cls), title=f"{where} cannot be used") from None
+
+    def data(self) -> dict[str, Any]:
+        """The recipe as plain mappings, without what is at its default."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+    def dump(self) -> str:
+        """The recipe as YAML."""
+        from ruamel.yaml import YAML
+
+        yaml = YAML()
+        yaml.default_flow_style = False
+        stream = StringIO()
+        yaml.dump(self.data(), stream)
+        return stream.getvalue()
+
+
+# -- YAML with line numbers ------------------------------------------------------------------------------------------------
+
+
+def parsed_yaml(text: str, where: str) -> Any:
+    """YAML as ruamel's commented mappings, which know their lines.
+
+    Raises:
+        RecipeError: a syntax error or a duplicate key, with its line.
+    """
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        return YAML(typ="rt").load(text)
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}: " if mark is not None else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise RecipeError(f"{line}{problem}", title=f"{where} is not valid YAML") from None
+
+
+def plain(value: Any) -> Any:
+    """Commented mappings and scalars as plain dictionaries, lists, numbers and texts."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, Sequence):
+        return [plain(item) for item in value]
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value)
+    return value
+
+
+def located(error: ValidationError, data: Any, model: type[BaseModel]) -> list[str]:
+    """Pydantic's errors as sentences with lines and nearest known names."""
+    problems: list[str] = []
+    seen: set[tuple[Any, ...]] = set()
+    for item in error.errors(include_url=False):
+        path = tuple(place for place in item["loc"] if not _is_branch(place))
+        if path in seen and item["type"] not in ("extra_forbidden", "missing"):
+            continue
+        seen.add(path)
+        line = _line(data, path)
+        at = f"line {line}: " if line else ""
+        name = ".".join(str(place) for place in path) or "recipe"
+        if item["type"] == "extra_forbidden":
+            known = _fields(model, path[:-1])
+            problems.append(f"{at}{name}: there is no such key." + did_you_mean(str(path[-1]), known))
+        elif item["type"] == "missing":
+            problems.append(f"{at}{name}: is missing")
+        else:
+            problems.append(f"{at}{name}: {item['msg'][:1].lower()}{item['msg'][1:]}, found {item['input']!r}")
+    return problems
+
+
+def _is_branch(place: Any) -> bool:
+    return isinstance(place, str) and bool(re.search(r"[\[(]|^(float|Gradient|str|int|TaskSpec|constrained.*)$", place))
+
+
+def _fields(model: Any, path: Sequence[Any]) -> list[str]:
+    for place in path:
+        if isinstance(place, int):
+            continue
+        info = getattr(model, "model_fields", {}).get(place)
+        model = info.annotation if info is not None else None
+        while model is not None and not (isinstance(model, type) and issubclass(model, BaseModel)):
+            inner = [arg for arg in get_args(model) if arg is not type(None)]
+            model = inner[0] if inner else None
+    return list(getattr(model, "model_fields", {}))
+
+
+def _line(data: Any, path: Sequence[Any]) -> int | None:
+    line: int | None = None
+    for place in path:
+        marks = getattr(data, "lc", None)
+        try:
+            if isinstance(place, int) and isinstance(data, Mapping):
+                place = list(data)[place]  # tasks given as a mapping
+            if marks is not None and place in (range(len(data)) if isinstance(place, int) else data):
+                line = (marks.item(place) if isinstance(place, int) else marks.key(place))[0] + 1
+            data = data[place]
+        except (KeyError, IndexError, TypeError):
+            return line
+    return line
+
+
+__all__ = [
+    "Gradient",
+    "OutputSpec",
+    "Recipe",
+    "TaskSpec",
+    "depth_of",
+    "located",
+    "parsed_yaml",
+    "plain",
+    "unmatched",
+    "value_at",
+]
