@@ -348,7 +348,7 @@ class _Config:
 # -- names -------------------------------------------------------------------------------------------------------------
 
 
-class _Names:
+class Names:
     """From a module's path in the live model to its name in the base.
 
     The paths may differ by a prefix (a checkpoint saved without `transformer.`, or with `model.`), which is found
@@ -446,7 +446,7 @@ class _Names:
         return f"; nearest in the base: {', '.join(names[name] for name in close)}" if close else ""
 
 
-class _Layouts:
+class Layouts:
     """Whether the base stores a module's matrix as [in, out] (GPT-2's Conv1D), where its shape does not tell.
 
     PEFT goes by the type of the live module; a checkpoint has no types, but its biases tell: in a matrix that is not
@@ -454,6 +454,7 @@ class _Layouts:
     """
 
     def __init__(self, base: TensorSource):
+        self.base = base
         self.votes: dict[str, set[bool]] = {}
         for name, info in base.infos.items():
             bias = base.infos.get(name.removesuffix("weight") + "bias") if name.endswith(".weight") else None
@@ -462,9 +463,19 @@ class _Layouts:
             if bias.shape in ((info.shape[0],), (info.shape[1],)):
                 self.votes.setdefault(layer_key(name), set()).add(bias.shape == (info.shape[1],))
 
+    def _votes(self, name: str) -> set[bool]:
+        return self.votes.get(layer_key(name)) or set[bool]().union(*self.votes.values())
+
+    def stored_in_out(self, name: str) -> bool:
+        """Whether the matrix `name` is stored as [in, out], as far as the base's names and shapes tell."""
+        shape, bias = self.base.infos[name].shape, self.base.infos.get(f"{name.removesuffix('weight')}bias")
+        if bias is not None and shape[0] != shape[1]:
+            return bias.shape == (shape[1],)
+        return self._votes(name) == {True}
+
     def in_out(self, name: str, config: _Config) -> bool:
-        """Whether the square matrix `name` is stored as [in, out]."""
-        votes = self.votes.get(layer_key(name)) or set().union(*self.votes.values())
+        """Whether the square matrix `name` is stored as [in, out], as PEFT would have found."""
+        votes = self._votes(name)
         if len(votes) == 1:
             return next(iter(votes))
         if votes:
@@ -494,11 +505,11 @@ class _Opening:
     skipped: list[str] = field(default_factory=list)
     started: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     doubled: set[str] = field(default_factory=set)
-    names: _Names = field(init=False)
-    layouts: _Layouts = field(init=False)
+    names: Names = field(init=False)
+    layouts: Layouts = field(init=False)
 
     def __post_init__(self) -> None:
-        self.names, self.layouts = _Names(self.base), _Layouts(self.base)
+        self.names, self.layouts = Names(self.base), Layouts(self.base)
 
     def run(self) -> dict[str, Change]:
         modules, others = self._sorted_keys()
@@ -654,7 +665,7 @@ class _Opening:
                     "modules_to_save" if self.config.saves(changed[0]) else "target_modules",
                     f"it changes {changed[0]}, whose tensor ({name}) the base shares with "
                     f"{'its input embedding' if is_head(changed[0] + '.weight') else 'its output head'}. PEFT's live "
-                    "model changes one of the two uses, a tied checkpoint can only change both. Pass tied='both' to change "
+                    "model changes one of the two uses, a tied checkpoint only both. Pass tied='both' to change "
                     "both (what merge_and_unload makes of a LoRA), or use a base whose head is not tied.",
                 )
             parts = self._without_copy(name, by_site[changed[0]])

@@ -153,13 +153,13 @@ def senses():
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def logits(model, inputs):
+def _logits(model, inputs):
     with torch.no_grad():
         result = model.eval()(**inputs)
     return result.logits if hasattr(result, "logits") else result
 
 
-def perturbed(model):
+def _perturbed(model):
     """Moves everything that the adapter trains away from where it starts."""
     generator = torch.Generator().manual_seed(10)
     for parameter in model.parameters():
@@ -168,25 +168,25 @@ def perturbed(model):
     return model
 
 
-def saved_adapter(model, config, folder, **kwargs):
+def _saved_adapter(model, config, folder, **kwargs):
     """An adapter made, trained (pretended) and saved by PEFT."""
     from peft import get_peft_model
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT warns of resized embeddings, tied modules and fan_in_fan_out
-        perturbed(get_peft_model(copy.deepcopy(model), copy.deepcopy(config))).save_pretrained(folder, **kwargs)
+        _perturbed(get_peft_model(copy.deepcopy(model), copy.deepcopy(config))).save_pretrained(folder, **kwargs)
     return folder
 
 
-def live_logits(model, folder, inputs):
+def _live_logits(model, folder, inputs):
     from peft import PeftModel
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return logits(PeftModel.from_pretrained(copy.deepcopy(model), folder), inputs)
+        return _logits(PeftModel.from_pretrained(copy.deepcopy(model), folder), inputs)
 
 
-def with_deltas(model, source):
+def _with_deltas(model, source):
     """A copy of the model with the deltas added to its parameters by name."""
     result = copy.deepcopy(model)
     parameters = dict(result.named_parameters(remove_duplicate=False))
@@ -207,19 +207,19 @@ def proven(tmp_path):
     """Saves an adapter by PEFT and shows that base + our deltas computes what PEFT's live model computes."""
 
     def prove(model, config, inputs, *, tied="refuse", **kwargs):
-        folder = saved_adapter(model, config, tmp_path / "adapter", **kwargs)
-        live = live_logits(model, folder, inputs)
+        folder = _saved_adapter(model, config, tmp_path / "adapter", **kwargs)
+        live = _live_logits(model, folder, inputs)
         adapter = Adapter.open(folder, in_memory(model), tied=tied)
-        ours = logits(with_deltas(model, adapter), inputs)
-        assert (live - logits(model, inputs)).abs().max() > 0.02, "the adapter does nothing: a proof of nothing"
+        ours = _logits(_with_deltas(model, adapter), inputs)
+        assert (live - _logits(model, inputs)).abs().max() > 0.02, "the adapter does nothing: a proof of nothing"
         torch.testing.assert_close(ours, live, atol=1e-5 * max(1.0, float(live.abs().max())), rtol=0)
-        check_reads(adapter)
+        _check_reads(adapter)
         return Proof(adapter, folder)
 
     return prove
 
 
-def check_reads(adapter):
+def _check_reads(adapter):
     """Pieces have the bits of the whole, and a product is the delta."""
     for name, info in adapter.infos.items():
         whole = adapter.read(name)
@@ -233,3 +233,39 @@ def check_reads(adapter):
         product = adapter.low_rank(name)
         if product is not None:
             torch.testing.assert_close(product.dense(), whole, atol=1e-6, rtol=1e-5)
+
+
+@pytest.fixture(scope="session")
+def saved_adapter():
+    return _saved_adapter
+
+
+@pytest.fixture(scope="session")
+def live_logits():
+    return _live_logits
+
+
+@pytest.fixture(scope="session")
+def with_deltas():
+    return _with_deltas
+
+
+@pytest.fixture(scope="session")
+def check_reads():
+    return _check_reads
+
+
+@pytest.fixture(scope="session")
+def perturbed():
+    return _perturbed
+
+
+@pytest.fixture(scope="session")
+def logits():
+    return _logits
+
+
+@pytest.fixture(scope="session")
+def sizes():
+    """The configuration of the tiny language models."""
+    return LLAMA

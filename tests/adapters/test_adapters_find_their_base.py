@@ -6,7 +6,6 @@ import warnings
 
 import pytest
 import torch
-from conftest import LLAMA, check_reads, live_logits, logits, perturbed, saved_adapter, with_deltas
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -17,7 +16,7 @@ from taskvec.source import DeltaSource, in_memory
 
 
 @pytest.fixture
-def folder(llama, tmp_path):
+def folder(llama, tmp_path, saved_adapter):
     return saved_adapter(llama, LoraConfig(r=4, target_modules=["q_proj", "up_proj"]), tmp_path / "adapter")
 
 
@@ -42,7 +41,7 @@ def test_opening_reads_headers_only(folder, llama):
     Adapter.open(folder, Unread()).read("model.layers.0.mlp.up_proj.weight")
 
 
-def test_a_checkpoint_on_disk(folder, llama, tokens, tmp_path):
+def test_a_checkpoint_on_disk(folder, llama, tokens, tmp_path, live_logits, with_deltas, logits):
     llama.save_pretrained(tmp_path / "base")
     adapter = Adapter.open(folder, Checkpoint.open(tmp_path / "base"))
     torch.testing.assert_close(
@@ -50,7 +49,7 @@ def test_a_checkpoint_on_disk(folder, llama, tokens, tmp_path):
     )
 
 
-def test_prefixes_that_one_side_lacks(folder, llama, tmp_path):
+def test_prefixes_that_one_side_lacks(folder, llama, tmp_path, saved_adapter):
     expected = Adapter.open(folder, in_memory(llama))
     bare = Adapter.open(folder, in_memory(llama.model))
     state = {f"language_model.{name}": tensor for name, tensor in llama.state_dict().items()}
@@ -62,7 +61,7 @@ def test_prefixes_that_one_side_lacks(folder, llama, tmp_path):
     assert set(Adapter.open(inner, in_memory(llama)).infos) == set(expected.infos)
 
 
-def test_gpt2_as_the_hub_stores_it_without_its_transformer_prefix(gpt2, tmp_path):
+def test_gpt2_as_the_hub_stores_it_without_its_transformer_prefix(gpt2, tmp_path, saved_adapter):
     config = LoraConfig(r=4, target_modules=["c_attn", "lm_head"], fan_in_fan_out=True)
     folder = saved_adapter(gpt2, config, tmp_path / "a")
     state = {name.removeprefix("transformer."): tensor for name, tensor in gpt2.state_dict().items()}
@@ -128,7 +127,9 @@ def test_deltas_are_made_in_float32_or_in_float64_if_stored_so(folder, llama, dt
     )
 
 
-def test_an_embedding_copy_that_was_rounded_is_a_copy_and_one_that_differs_is_a_replacement(llama, tmp_path):
+def test_an_embedding_copy_that_was_rounded_is_a_copy_and_one_that_differs_is_a_replacement(
+    llama, tmp_path, saved_adapter, check_reads
+):
     folder = saved_adapter(llama, LoraConfig(r=4, target_modules=["embed_tokens"]), tmp_path / "a")
     name, key = "model.embed_tokens.weight", "base_model.model.model.embed_tokens.base_layer.weight"
     expected = Adapter.open(folder, in_memory(llama)).low_rank(name)
@@ -143,7 +144,7 @@ def test_an_embedding_copy_that_was_rounded_is_a_copy_and_one_that_differs_is_a_
     check_reads(adapter)
 
 
-def test_a_mixture_stored_expert_by_expert(mixtral, tokens, tmp_path):
+def test_a_mixture_stored_expert_by_expert(mixtral, tokens, tmp_path, saved_adapter, live_logits, check_reads, logits):
     # transformers stores block_sparse_moe.experts.0.w1, the live model has mlp.experts.gate_up_proj
     config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["gate_up_proj", "down_proj"])
     folder = saved_adapter(mixtral, config, tmp_path / "adapter")
@@ -165,11 +166,11 @@ def test_a_mixture_stored_expert_by_expert(mixtral, tokens, tmp_path):
     torch.testing.assert_close(ours, live, atol=1e-5 * float(live.abs().max()), rtol=0)
 
 
-def test_experts_stored_with_their_inputs_first(proven, tokens):
+def test_experts_stored_with_their_inputs_first(proven, tokens, sizes):
     from transformers import GptOssConfig, GptOssForCausalLM
 
     torch.manual_seed(0)
-    config = GptOssConfig(**LLAMA, num_local_experts=4, num_experts_per_tok=2, head_dim=8, tie_word_embeddings=False)
+    config = GptOssConfig(**sizes, num_local_experts=4, num_experts_per_tok=2, head_dim=8, tie_word_embeddings=False)
     for width in (48, 32):  # down_proj is square in the second, as in the real one
         config.intermediate_size = width
         with warnings.catch_warnings():
@@ -180,12 +181,12 @@ def test_experts_stored_with_their_inputs_first(proven, tokens):
         assert adapter.infos["model.layers.0.mlp.experts.gate_up_proj"].shape == (4, 32, 2 * width)
 
 
-def test_a_square_expert_parameter_alone_is_placed_by_its_siblings(proven, tokens):
+def test_a_square_expert_parameter_alone_is_placed_by_its_siblings(proven, tokens, sizes):
     from transformers import GptOssConfig, GptOssForCausalLM
 
     torch.manual_seed(0)
     config = GptOssConfig(
-        **(LLAMA | {"intermediate_size": 32}),
+        **(sizes | {"intermediate_size": 32}),
         num_local_experts=4,
         num_experts_per_tok=2,
         head_dim=8,
@@ -197,11 +198,11 @@ def test_a_square_expert_parameter_alone_is_placed_by_its_siblings(proven, token
     proven(model, LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"]), tokens)
 
 
-def test_a_scaled_embedding(proven, tokens):
+def test_a_scaled_embedding(proven, tokens, sizes):
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
     torch.manual_seed(0)
-    config = Gemma3TextConfig(**LLAMA, head_dim=8, tie_word_embeddings=False)
+    config = Gemma3TextConfig(**sizes, head_dim=8, tie_word_embeddings=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = Gemma3ForCausalLM(config).eval()
@@ -220,7 +221,7 @@ def test_an_encoder_decoder_with_shared_embeddings(proven):
     proven(model, LoraConfig(r=4, target_modules=["q", "v", "wo"], task_type="SEQ_2_SEQ_LM"), inputs)
 
 
-def test_a_sum_of_adapters_stays_factored(llama, tmp_path):
+def test_a_sum_of_adapters_stays_factored(llama, tmp_path, perturbed):
     base = in_memory(llama)
     adapters = []
     for rank in (2, 5):

@@ -8,7 +8,6 @@ import warnings
 
 import pytest
 import torch
-from conftest import perturbed, saved_adapter
 from peft import IA3Config, LoraConfig, PeftType, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -28,7 +27,7 @@ from taskvec.source import in_memory
 
 
 @pytest.fixture(scope="module")
-def plain(llama, tmp_path_factory):
+def plain(llama, tmp_path_factory, saved_adapter):
     config = LoraConfig(r=4, target_modules=["q_proj", "o_proj", "up_proj"])
     return saved_adapter(llama, config, tmp_path_factory.mktemp("adapters") / "plain")
 
@@ -228,7 +227,7 @@ def test_a_leaf_that_nobody_knows(folder, llama):
         Adapter.open(folder, in_memory(llama))
 
 
-def test_a_resized_vocabulary(llama, tmp_path):
+def test_a_resized_vocabulary(llama, tmp_path, saved_adapter):
     folder = saved_adapter(
         llama, LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]), tmp_path / "a"
     )
@@ -250,7 +249,7 @@ def test_a_quantised_base(folder, llama):
         Adapter.open(folder, in_memory(state))
 
 
-def test_dora_and_its_magnitudes_come_together(llama, folder, tmp_path):
+def test_dora_and_its_magnitudes_come_together(llama, folder, tmp_path, saved_adapter):
     dora = saved_adapter(llama, LoraConfig(r=4, target_modules=["q_proj"], use_dora=True), tmp_path / "dora")
     with pytest.raises(MismatchError, match="are DoRA magnitudes, but use_dora is not set"):
         Adapter.open(configured(dora, use_dora=False), in_memory(llama))
@@ -258,7 +257,7 @@ def test_dora_and_its_magnitudes_come_together(llama, folder, tmp_path):
         Adapter.open(configured(folder, use_dora=True), in_memory(llama))
 
 
-def test_lora_bias_without_a_bias_to_hold_it(llama, tmp_path):
+def test_lora_bias_without_a_bias_to_hold_it(llama, tmp_path, saved_adapter):
     folder = saved_adapter(llama, LoraConfig(r=4, target_modules=["q_proj"], lora_bias=True), tmp_path / "a")
     with pytest.raises(UnsupportedAdapterError, match=r"`lora_bias`.*q_proj has no bias in the base"):
         Adapter.open(folder, in_memory(llama))
@@ -267,14 +266,14 @@ def test_lora_bias_without_a_bias_to_hold_it(llama, tmp_path):
 @pytest.mark.parametrize(
     ("indices", "words"), [([1, 70], "tokens 70 are beyond"), ({"a": [1, 2], "b": [3, 4]}, "does not say which")]
 )
-def test_token_indices_that_make_no_sense(llama, tmp_path, indices, words):
+def test_token_indices_that_make_no_sense(llama, tmp_path, indices, words, saved_adapter):
     config = LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[1, 2])
     folder = saved_adapter(llama, config, tmp_path / "a")
     with pytest.raises(UnsupportedAdapterError, match=f"`trainable_token_indices`.*{words}"):
         Adapter.open(configured(folder, trainable_token_indices=indices), in_memory(llama))
 
 
-def test_a_grouped_convolution(tmp_path):
+def test_a_grouped_convolution(tmp_path, perturbed):
     net = torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3, groups=2))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -309,7 +308,7 @@ TIED = {
 
 
 @pytest.mark.parametrize("case", TIED)
-def test_one_use_of_a_tied_tensor_is_refused_unless_both_are_asked_for(tied_llama, tmp_path, case):
+def test_one_use_of_a_tied_tensor_is_refused_unless_both_are_asked_for(tied_llama, tmp_path, case, saved_adapter):
     arguments, field, words = TIED[case]
     folder = saved_adapter(tied_llama, LoraConfig(r=4, **arguments), tmp_path / "a")
     for base in (
@@ -324,7 +323,7 @@ def test_one_use_of_a_tied_tensor_is_refused_unless_both_are_asked_for(tied_llam
             assert "model.embed_tokens.weight" in Adapter.open(folder, base, tied="both").infos
 
 
-def test_both_uses_of_a_tied_tensor_are_what_merge_and_unload_makes(tied_llama, tmp_path):
+def test_both_uses_of_a_tied_tensor_are_what_merge_and_unload_makes(tied_llama, tmp_path, saved_adapter):
     from peft import PeftModel
 
     folder = saved_adapter(tied_llama, LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"]), tmp_path / "a")
@@ -341,7 +340,7 @@ def test_tied_is_one_of_two_words(folder, llama):
         Adapter.open(folder, in_memory(llama), tied="neither")
 
 
-def test_a_saved_head_that_the_base_lacks_is_an_error_or_left_out_by_name(bert, tmp_path):
+def test_a_saved_head_that_the_base_lacks_is_an_error_or_left_out_by_name(bert, tmp_path, saved_adapter):
     config = LoraConfig(r=4, target_modules=["query"], modules_to_save=["classifier"])
     folder = saved_adapter(bert, config, tmp_path / "a")
     base = in_memory(bert.bert)
@@ -374,7 +373,7 @@ def test_a_pickle_that_would_run_code_is_refused(folder, llama):
         Adapter.open(folder, in_memory(llama))
 
 
-def test_a_scaled_tensor_beside_a_different_copy_of_it(llama, tmp_path):
+def test_a_scaled_tensor_beside_a_different_copy_of_it(llama, tmp_path, saved_adapter):
     folder = saved_adapter(llama, LoraConfig(r=4, target_modules=["embed_tokens"], use_dora=True), tmp_path / "a")
 
     def change(tensors):
@@ -384,7 +383,7 @@ def test_a_scaled_tensor_beside_a_different_copy_of_it(llama, tmp_path):
         Adapter.open(rewritten(folder, change), in_memory(llama))
 
 
-def test_ia3_of_another_width(llama, tmp_path):
+def test_ia3_of_another_width(llama, tmp_path, saved_adapter):
     folder = saved_adapter(llama, IA3Config(target_modules=["k_proj"], feedforward_modules=[]), tmp_path / "a")
     rewritten(folder, lambda tensors: {name: torch.ones(7, 1) for name in tensors})
     with pytest.raises(MismatchError, match=r"k_proj.ia3_l is \[7, 1\], .*k_proj.weight is \[16, 32\]"):
