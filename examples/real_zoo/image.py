@@ -284,8 +284,9 @@ def evaluate(
 
 
 def build(quick: bool = False) -> dict[str, Path]:
-    """Base and fine-tunes, each trained once and then kept. The reduced form: two tasks, 30 steps each."""
-    settings = {"seed": SEED, "steps": 30 if quick else 100, "batch": BATCH, "size": SIZE, "rate": 3e-4, "data": 1}
+    """Base and fine-tunes, each trained once and then kept. The reduced form: two tasks, 20 steps of 16 each."""
+    steps, batch = (20, 16) if quick else (100, BATCH)
+    settings = {"seed": SEED, "steps": steps, "batch": batch, "size": SIZE, "rate": 3e-4, "data": 1}
     _base()
     _heads()
     places = folders(quick)
@@ -300,10 +301,10 @@ def build(quick: bool = False) -> dict[str, Path]:
         generator = torch.Generator().manual_seed(SEED)
 
         def loss(_: int) -> Tensor:
-            rows = torch.randint(len(train.labels), (BATCH,), generator=generator)  # noqa: B023
+            rows = torch.randint(len(train.labels), (batch,), generator=generator)  # noqa: B023
             return functional.cross_entropy(logits(model, train.images[rows], head), train.labels[rows].to(DEVICE))  # noqa: B023
 
-        fit(model, loss, steps=int(settings["steps"]), rate=3e-4)
+        fit(model, loss, steps=steps, rate=3e-4)
         _save(model, folder)
         finish(folder, settings)
     return places
