@@ -1,1 +1,44 @@
-"""Edits: small sets of replaced rows and columns, side blocks, their metric and their audit."""
+"""Edits: small sets of replaced rows and columns, side blocks, their metric and their audit.
+
+Names are loaded on first use.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "Edit": "edit",
+    "EditedSource": "edit",
+    "JetPack": "jetpack",
+    "Optimisation": "optimise",
+    "Report": "check",
+    "Request": "stealth",
+    "Site": "site",
+    "apply_edits": "edit",
+    "calibrated": "features",
+    "check": "check",
+    "edit_in_place": "stealth",
+    "edit_widen": "stealth",
+    "edited": "edit",
+    "load_edits": "edit",
+    "plan": "check",
+    "read_requests": "stealth",
+    "save_edits": "edit",
+    "undo_edits": "edit",
+    # metric and audit
+    "audit": "audit",
+    "dimension_profile": "dimension",
+    "intrinsic_dimension": "dimension",
+}
+
+__all__ = [*_HOME]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"merging.edits.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'merging.edits' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

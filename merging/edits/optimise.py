@@ -1,0 +1,429 @@
+"""Output vectors: what an edit must add to the MLP's output at its trigger so that the model says the target.
+
+Only the layers from the edited one on are run, on stored inputs, for a whole batch of edits at once; the head is
+evaluated at the target's positions only. One vector at the last prompt token serves the whole target, because later
+tokens attend to it; where that is not enough, further vectors at the target's own tokens can be added.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from merging.edits.site import Site, evaluating
+from taskvec.errors import EditError
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """How output vectors are found.
+
+    Args:
+        steps: Adam steps at most.
+        lr: step size, in units of the MLP output's root mean square at the trigger.
+        decay: weight of |r|² / |layer output|² in the loss.
+        clamp: largest |r|, in units of the norm of the residual stream behind the layer at the trigger.
+        stop: the mean −log p of the target tokens at which an edit is done.
+        batch: edits optimised together.
+        chain: where one vector does not carry a target of several tokens, give its later tokens triggers of their own.
+    """
+
+    steps: int = 60
+    lr: float = 0.3
+    decay: float = 0.02
+    clamp: float = 4.0
+    stop: float = 0.02
+    batch: int = 16
+    chain: bool = True
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch < 1:
+            raise EditError("optimisation: steps and batch must be at least 1.")
+        if not (self.lr > 0 and self.decay >= 0 and self.clamp > 0 and self.stop > 0):
+            raise EditError("optimisation: lr, clamp and stop must be positive, decay not negative.")
+
+
+@dataclass(frozen=True)
+class Sequence_:
+    """One prompt with its target: ids joined, never text.
+
+    Attributes:
+        prompt: ids of the prompt; the trigger is its last token.
+        target: ids of the answer.
+        triggers: how many tokens are triggers: 1 (the last prompt token), or up to one for each target token.
+    """
+
+    prompt: tuple[int, ...]
+    target: tuple[int, ...]
+    triggers: int = 1
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """What is fed: the prompt and all of the target but its last token."""
+        return self.prompt + self.target[:-1]
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        start = len(self.prompt) - 1
+        return tuple(range(start, start + self.triggers))
+
+    @property
+    def answers(self) -> tuple[int, ...]:
+        """Positions whose logits predict the target."""
+        start = len(self.prompt) - 1
+        return tuple(range(start, start + len(self.target)))
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What the optimisation found for one sequence.
+
+    Attributes:
+        residual: [trigger, d], to be added to the MLP's output; float32.
+        loss: mean −log p of the target tokens with it.
+        loss_before: without it.
+        greedy: the whole target is the greedy answer.
+        steps: taken.
+    """
+
+    residual: Annotated[Tensor, "trigger d"]
+    loss: float
+    loss_before: float
+    greedy: bool
+    steps: int
+
+
+def padded(sequences: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Ids as one tensor, padded on the right, where causal attention never looks."""
+    longest = max(len(ids) for ids in sequences)
+    table = torch.zeros(len(sequences), longest, dtype=torch.long)
+    for row, ids in enumerate(sequences):
+        table[row, : len(ids)] = torch.tensor(ids)
+    return table.to(device)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    table = model.get_input_embeddings()  # type: ignore[operator]
+    return torch.device(table.weight.device)
+
+
+def find_residuals(
+    site: Site,
+    sequences: Sequence[Sequence_],
+    settings: Optimisation | None = None,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Found]:
+    """The residuals for many edits of one layer, in batches of similar length.
+
+    Args:
+        site: the layer.
+        sequences: prompts and targets.
+        settings: see `Optimisation`.
+        progress: called with (done, all).
+    """
+    settings = settings or Optimisation()
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].ids))
+    found: dict[int, Found] = {}
+    for start in range(0, len(order), settings.batch):
+        chosen = order[start : start + settings.batch]
+        for index, result in zip(chosen, _optimise(site, [sequences[i] for i in chosen], settings)):
+            found[index] = result
+        if progress is not None:
+            progress(len(found), len(sequences))
+    return [found[index] for index in range(len(sequences))]
+
+
+def _optimise(site: Site, sequences: Sequence[Sequence_], settings: Optimisation) -> list[Found]:
+    model, device = site.model, device_of(site.model)
+    ids = padded([s.ids for s in sequences], device)
+    rows, columns, owner, labels = [], [], [], []
+    for row, sequence in enumerate(sequences):
+        for position, token in zip(sequence.answers, sequence.target):
+            rows.append(row)
+            columns.append(position)
+            owner.append(row)
+            labels.append(token)
+    where = (torch.tensor(rows, device=device), torch.tensor(columns, device=device))
+    owners, wanted = torch.tensor(owner, device=device), torch.tensor(labels, device=device)
+    count = torch.zeros(len(sequences), device=device).index_add_(0, owners, torch.ones(len(owner), device=device))
+    triggers = [(row, place) for row, s in enumerate(sequences) for place in s.positions]
+    at = (torch.tensor([r for r, _ in triggers], device=device), torch.tensor([p for _, p in triggers], device=device))
+    belongs = at[0]
+
+    with ExitStack() as stack:
+        stack.enter_context(frozen(model))
+        tail = stack.enter_context(Tail.of(site, ids, where))
+        unit = tail.mlp_output[at].float().pow(2).mean(dim=-1, keepdim=True).sqrt().clamp_min(1e-6)
+        stream = tail.stream[at].float().norm(dim=-1, keepdim=True).clamp_min(1e-6)
+        # in units of the MLP's own output, so that one lr serves every model and layer
+        moves = torch.zeros(len(triggers), site.width, device=device, requires_grad=True)
+        adam = torch.optim.Adam([moves], lr=settings.lr)
+        best_loss = torch.full((len(sequences),), math.inf, device=device)
+        best = torch.zeros_like(moves)
+        before = torch.zeros_like(best_loss)
+        done = torch.zeros(len(sequences), dtype=torch.bool, device=device)
+        greedy = torch.zeros_like(done)
+        steps = torch.zeros(len(sequences), dtype=torch.long)
+        for step in range(settings.steps + 1):
+            residual = moves * unit
+
+            def change(output: Tensor, residual: Tensor = residual) -> Tensor:
+                return output.index_put(at, residual.to(output.dtype), accumulate=True)
+
+            with torch.enable_grad(), site.adding(change):
+                logits = tail.logits().float()
+                picked = F.log_softmax(logits, dim=-1).gather(1, wanted[:, None])[:, 0]
+                loss = torch.zeros_like(best_loss).index_add(0, owners, -picked) / count
+                size = torch.zeros_like(best_loss).index_add(0, belongs, (residual / stream).pow(2).sum(dim=-1))
+                total = loss + settings.decay * size
+            if not bool(torch.isfinite(total).all()):
+                raise EditError("The loss became NaN or infinite while an edit was optimised; lower lr or the clamp.")
+            with torch.no_grad():
+                right = (logits.argmax(dim=-1) == wanted).to(count.dtype)
+                hit = torch.zeros_like(count).index_add_(0, owners, right) == count
+                if step == 0:
+                    before = loss.detach().clone()
+                # a greedy whole target counts for more than a lower loss
+                rank = loss.detach() - 100.0 * hit.to(loss.dtype)
+                improves = (rank < best_loss) & ~done
+                best_loss = torch.where(improves, rank, best_loss)
+                best = torch.where(improves[belongs][:, None], residual.detach(), best)
+                greedy = torch.where(improves, hit, greedy)
+                done |= (loss.detach() < settings.stop) & hit
+                steps += (~done.cpu()).long()
+            if bool(done.all()) or step == settings.steps:
+                break
+            adam.zero_grad(set_to_none=True)
+            (gradient,) = torch.autograd.grad(total.sum(), moves)
+            moves.grad = gradient * (~done[belongs])[:, None]
+            adam.step()
+            with torch.no_grad():
+                length = (moves * unit).norm(dim=-1, keepdim=True)
+                moves.mul_((settings.clamp * stream / length.clamp_min(1e-12)).clamp_max(1.0))
+    final = torch.where(best_loss < -50, best_loss + 100.0, best_loss)
+    return [
+        Found(
+            best[belongs == row].detach().clone(),
+            float(final[row]),
+            float(before[row]),
+            bool(greedy[row]),
+            int(steps[row]),
+        )
+        for row in range(len(sequences))
+    ]
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient inside the block, and the model is in evaluation mode."""
+    asking = [p for p in model.parameters() if p.requires_grad]
+    training = model.training
+    model.eval()
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
+        model.train(training)
+
+
+class Tail:
+    """The model from one layer on, run on that layer's stored input; the head at chosen positions only."""
+
+    def __init__(self, site: Site, ids: Tensor, where: tuple[Tensor, Tensor]):
+        self.site, self.ids, self.where = site, ids, where
+        self.hidden: Tensor | None = None
+        self.mlp_output = torch.empty(0)
+        self.stream = torch.empty(0)
+
+    @classmethod
+    @contextmanager
+    def of(cls, site: Site, ids: Tensor, where: tuple[Tensor, Tensor]) -> Iterator["Tail"]:
+        tail = cls(site, ids, where)
+        layers = site.layers
+        shapes: dict[int, bool] = {}
+        handles = []
+
+        def remember(index: int) -> Callable[..., None]:
+            def hook(_: nn.Module, __: Any, output: Any) -> None:
+                shapes[index] = isinstance(output, tuple)
+                value = output[0] if isinstance(output, tuple) else output
+                if index == site.layer - 1:
+                    tail.hidden = value.detach()
+                if index == site.layer:
+                    tail.stream = value.detach()
+
+            return hook
+
+        def output_of_mlp(_: nn.Module, __: Any, output: Any) -> None:
+            tail.mlp_output = (output[0] if isinstance(output, tuple) else output).detach()
+
+        for index in range(site.layer + 1):
+            handles.append(layers[index].register_forward_hook(remember(index)))
+        handles.append(site.adds.register_forward_hook(output_of_mlp))
+        try:
+            with torch.no_grad():
+                tail._forward()
+        finally:
+            for handle in handles:
+                handle.remove()
+        if tail.mlp_output.shape[:2] != ids.shape:
+            tail.mlp_output = tail.mlp_output.reshape(*ids.shape, -1)
+        with ExitStack() as stack:
+            for index in range(site.layer):
+                stack.enter_context(_shortcut(layers[index], tail.hidden, shapes[index]))
+            head = site.model.get_output_embeddings()  # type: ignore[operator]
+            if head is not None:
+                handle = head.register_forward_pre_hook(
+                    lambda _, args: (args[0][where][None], *args[1:]) if args[0].shape[:2] == ids.shape else None
+                )
+                stack.callback(handle.remove)
+            yield tail
+
+    def _forward(self) -> Tensor:
+        return logits_of(self.site.model, self.ids)
+
+    def logits(self) -> Annotated[Tensor, "answer vocabulary"]:
+        logits = self._forward()
+        if logits.shape[:2] == self.ids.shape and logits.shape[:2] != (1, self.where[0].numel()):
+            return logits[self.where]
+        return logits[0]
+
+
+@contextmanager
+def _shortcut(layer: nn.Module, hidden: Tensor | None, as_tuple: bool) -> Iterator[None]:
+    """A layer that gives what it gave before instead of computing it."""
+
+    def forward(*_: Any, **__: Any) -> Any:
+        return (hidden,) if as_tuple else hidden
+
+    layer.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del layer.forward
+
+
+def logits_of(model: nn.Module, ids: Tensor) -> Annotated[Tensor, "batch token vocabulary"]:
+    """Logits of one forward pass without a cache."""
+    output = model(input_ids=ids, use_cache=False)
+    logits = output.logits if hasattr(output, "logits") else output[0]
+    assert isinstance(logits, Tensor)
+    return logits
+
+
+# -- the authors' own procedure ----------------------------------------------------------------------------------------
+
+
+def authors_vector(
+    site: Site,
+    sequence: Sequence_,
+    neuron: int,
+    old: Annotated[Tensor, "d"],
+    *,
+    steps: int = 20,
+    lr: float = 0.5,
+    decay: float = 0.2,
+    clamp: float = 3.0,
+    stop: float = 5e-3,
+    drop_out_bias: bool = True,
+) -> tuple[Annotated[Tensor, "d"], dict[str, list[float]]]:
+    """The output vector as the authors' code finds it, for comparison with it.
+
+    Adam starts at the old column; the loss is the mean −log p of the target plus decay · |v|²/|v0|²; after each step v is
+    pulled into the ball of clamp · |v0|; the step with the least sum is kept, the first excluded. The MLP's output at the
+    last prompt token is replaced by h W_out(v), without the output bias for plain MLPs (their slip).
+
+    Args:
+        site: the layer, with the detector's row already in place.
+        sequence: prompt and target.
+        neuron: which column.
+        old: the column before the edit.
+        steps, lr, decay, clamp, stop: as above.
+        drop_out_bias: leave the output bias out, as the authors do.
+    """
+    assert site.out is not None
+    device = device_of(site.model)
+    ids = padded([sequence.ids], device)
+    position = len(sequence.prompt) - 1
+    wanted = torch.tensor(sequence.target, device=device)
+    with frozen(site.model), torch.no_grad():
+        with site.reading_neurons() as seen:
+            logits_of(site.model, ids)
+        h = seen[0].reshape(1, ids.shape[1], -1)[0, position].float()
+        columns = site.out.weights().float()
+        rest = h @ columns - h[neuron] * columns[neuron]
+        bias = getattr(site.out.module, "bias", None)
+        if bias is not None and not drop_out_bias:
+            rest = rest + bias.float()
+    v = old.detach().float().clone().requires_grad_(True)
+    start = float(old.float().norm())
+    adam = torch.optim.Adam([v], lr=lr)
+    trace: dict[str, list[float]] = {"nll_loss": [], "weight_decay": [], "avg_prob": []}
+    best, best_total = v.detach().clone(), math.inf
+    with frozen(site.model):
+        for step in range(steps):
+
+            def change(output: Tensor) -> Tensor:
+                shaped = output.reshape(1, ids.shape[1], -1).clone()
+                shaped[0, position] = (rest + h[neuron] * v).to(output.dtype)
+                return shaped.reshape(output.shape)
+
+            with torch.enable_grad(), site.adding(change):
+                picked = F.log_softmax(logits_of(site.model, ids)[0].float(), dim=-1)
+                chosen = picked[list(sequence.answers)].gather(1, wanted[:, None])[:, 0]
+                loss = -chosen.mean()
+                shrink = decay * v.norm() ** 2 / start**2
+                total = loss + shrink
+            nll, sum_now = float(loss.detach()), float(total.detach())
+            trace["nll_loss"].append(nll)
+            trace["weight_decay"].append(float(shrink.detach()))
+            trace["avg_prob"].append(math.exp(-nll))
+            if step > 0 and sum_now < best_total:
+                best_total, best = sum_now, v.detach().clone()
+            if nll < stop:
+                break
+            adam.zero_grad()
+            (v.grad,) = torch.autograd.grad(total, v)
+            adam.step()
+            with torch.no_grad():
+                length = float(v.detach().norm())
+                if length > clamp * start:
+                    v.mul_(clamp * start / length)
+    return best, trace
+
+
+def greedy_matches(model: nn.Module, sequences: Sequence[Sequence_], *, batch: int = 16) -> list[bool]:
+    """Whether greedy decoding answers each prompt with its whole target (one teacher-forced pass says the same)."""
+    return [loss_and_match[1] for loss_and_match in losses(model, sequences, batch=batch)]
+
+
+def losses(model: nn.Module, sequences: Sequence[Sequence_], *, batch: int = 16) -> list[tuple[float, bool]]:
+    """Mean −log p of the target and whether it is the greedy answer, for each sequence."""
+    device = device_of(model)
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].ids))
+    found: dict[int, tuple[float, bool]] = {}
+    with evaluating(model):
+        for start in range(0, len(order), batch):
+            chosen = order[start : start + batch]
+            logits = logits_of(model, padded([sequences[i].ids for i in chosen], device))
+            for row, index in enumerate(chosen):
+                sequence = sequences[index]
+                scores = logits[row, list(sequence.answers)].float()
+                wanted = torch.tensor(sequence.target, device=device)
+                picked = F.log_softmax(scores, dim=-1).gather(1, wanted[:, None])
+                found[index] = float(-picked.mean()), bool((scores.argmax(dim=-1) == wanted).all())
+    return [found[index] for index in range(len(sequences))]
+
+
+def seconds_since(start: float) -> float:
+    return round(time.perf_counter() - start, 3)

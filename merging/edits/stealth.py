@@ -1,0 +1,1191 @@
+"""Stealth edits: one answer corrected by one neuron, in the place of a quiet one or added by widening.
+
+arXiv:2406.12670. A detector neuron fires at the prompt's last token and nowhere else; its output column moves the model to
+the target. Differences to the authors' code, each measured to matter: prompts and targets are joined as ids; the output
+bias is kept while the column is optimised; a gated neuron's second row is set too (the response is then Δ and not Δ times
+whatever the old row gives); many edits of one layer are optimised together; cross-talk is solved, not divided away.
+`compat="authors"` gives their construction.
+"""
+
+import copy
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from merging.edits import optimise
+from merging.edits.edit import Edit, Patch, Widening, apply_to_model, undo_on_model
+from merging.edits.features import (
+    RESPONSE,
+    THETA,
+    Detector,
+    Sphere,
+    affine_detector,
+    calibrated,
+    check_finite,
+    check_theta,
+    contrast_detector,
+    quietest_neurons,
+    steady_functional,
+    surrogate_detector,
+    tangent_detector,
+)
+from merging.edits.optimise import Optimisation, Sequence_, device_of, find_residuals, padded
+from merging.edits.site import Site, decoder_layers, evaluating
+from taskvec.checkpoint import content_hash
+from taskvec.errors import BaseMismatchError, DataError, EditError, did_you_mean
+from taskvec.precision import dtype_name, dtype_named
+from taskvec.source import in_memory
+
+THETAS = (0.005, 0.01, 0.02, 0.05, 0.1)
+"""The values among which a theta is chosen."""
+PLATEAU = 16.0
+"""Height of a plateau: SiLU and GELU are linear there to 2e-6, and 16-bit weights stay far from overflow."""
+_NOISE_MARGIN = 10.0  # theta over the measured feature noise (in cosine) from which a plateau stays flat in any batch
+_PAD_TO = 64  # neurons; multiples of 64 keep tensor cores and tensor-parallel splits happy
+
+Form = Literal["in-place", "widen", "fold"]
+Text = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What shall be answered differently.
+
+    Attributes:
+        prompt: text, or token ids.
+        target: the answer wanted, text or ids. A text gets the leading space that separates it from the prompt.
+        paraphrases: further prompts with the same answer; each gets a trigger of its own.
+    """
+
+    prompt: Text
+    target: Text
+    paraphrases: tuple[Text, ...] = ()
+
+    @classmethod
+    def of(cls, value: "Request | Mapping[str, Any] | tuple[Text, Text]") -> "Request":
+        """From a mapping `{prompt, target, paraphrases}`, a pair, or itself.
+
+        Raises:
+            DataError: unknown keys, or none of these.
+        """
+        if isinstance(value, Request):
+            return value
+        if isinstance(value, Mapping):
+            unknown = [key for key in value if key not in ("prompt", "target", "paraphrases")]
+            if unknown:
+                raise DataError(
+                    f"{unknown[0]!r}: unknown key." + did_you_mean(unknown[0], ("prompt", "target", "paraphrases"))
+                )
+            missing = [key for key in ("prompt", "target") if key not in value]
+            if missing:
+                raise DataError(f"{missing[0]!r} is missing; an edit is {{prompt, target}}.")
+            more = value.get("paraphrases", ())
+            if isinstance(more, str):
+                raise DataError("'paraphrases' must be a list of texts.")
+            return cls(value["prompt"], value["target"], tuple(more))
+        if isinstance(value, tuple) and len(value) == 2:
+            return cls(*value)
+        raise DataError(f"{value!r}: an edit is a mapping {{prompt, target}}, a pair or a Request.")
+
+
+def read_requests(path: str | PathLike[str]) -> list[Request]:
+    """Requests from a JSONL file of `{"prompt": …, "target": …, "paraphrases": […]}`, one a line.
+
+    Raises:
+        DataError: the file is missing or empty, or a line is not such an object; the message names the line.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise DataError(f"{path}: no such file.")
+    requests, problems = [], []
+    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+            if not isinstance(value, Mapping):
+                raise DataError("not an object.")
+            for key in ("prompt", "target"):
+                if key in value and not isinstance(value[key], str):
+                    raise DataError(f"{key!r} must be a text.")
+            requests.append(Request.of(value))
+        except (ValueError, DataError) as error:
+            problems.append(f"line {number}: {error}")
+    if problems:
+        raise DataError(f"{path}:\n" + "\n".join(f"  - {problem}" for problem in problems))
+    if not requests:
+        raise DataError(f"{path}: holds no edits. One JSON object {{prompt, target}} a line is needed.")
+    return requests
+
+
+Requests = Request | Mapping[str, Any] | tuple[Text, Text] | Sequence[Any] | str | PathLike[str]
+
+
+def requests_of(value: Requests) -> tuple[list[Request], bool]:
+    """The requests, and whether a single one was given. A path (or text) is read as JSONL."""
+    if isinstance(value, str | PathLike):
+        return read_requests(value), False
+    if isinstance(value, Request | Mapping) or (
+        isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str)
+    ):
+        return [Request.of(cast(Any, value))], True
+    requests = [Request.of(item) for item in cast(Sequence[Any], value)]
+    if not requests:
+        raise EditError("No edits were given.")
+    return requests, False
+
+
+# -- tokens ------------------------------------------------------------------------------------------------------------
+
+
+def prompt_ids(tokenizer: Any, prompt: Text, *, chat: bool = False) -> tuple[int, ...]:
+    """Token ids of a prompt: with the tokenizer's own special tokens, or as a user's turn in its chat template.
+
+    Raises:
+        EditError: an empty prompt, or a text without a tokenizer or chat template.
+    """
+    if not isinstance(prompt, str):
+        ids = tuple(int(i) for i in prompt)
+    elif tokenizer is None:
+        raise EditError(f"prompt {prompt!r}: a text needs a tokenizer. Give `tokenizer`, or token ids.")
+    elif chat:
+        if not getattr(tokenizer, "chat_template", None):
+            raise EditError("chat: the tokenizer has no chat template.")
+        turns = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    else:
+        ids = tuple(tokenizer(prompt)["input_ids"]) if prompt else ()
+        end = getattr(tokenizer, "eos_token_id", None)
+        # T5-like tokenizers close a text with </s>; the trigger is the prompt's own last token
+        if len(ids) > 1 and ids[-1] == end and not prompt.endswith(str(tokenizer.eos_token)):
+            ids = ids[:-1]
+    if not ids:
+        raise EditError("prompt: empty. An edit needs at least one token to recognise.")
+    return ids
+
+
+def target_ids(tokenizer: Any, target: Text, *, after: Text = "", chat: bool = False) -> tuple[int, ...]:
+    """Token ids of an answer; a text gets a leading space where it continues a prompt that ends in none.
+
+    Raises:
+        EditError: an empty target, or a text without a tokenizer.
+    """
+    if not isinstance(target, str):
+        ids = tuple(int(i) for i in target)
+    elif tokenizer is None:
+        raise EditError(f"target {target!r}: a text needs a tokenizer. Give `tokenizer`, or token ids.")
+    else:
+        spaced = not chat and isinstance(after, str) and after and not after[-1].isspace() and not target[:1].isspace()
+        text = f" {target}" if target.strip() and spaced and target[0].isalnum() else target
+        ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) if target.strip() else ()
+    if not ids:
+        raise EditError("target: empty. An edit needs at least one token to say.")
+    return ids
+
+
+def context_length(model: nn.Module) -> int | None:
+    """The longest sequence the model takes, if its config says."""
+    config = getattr(model, "config", None)
+    for key in ("max_position_embeddings", "n_positions", "max_sequence_length"):
+        value = getattr(config, key, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request as ids: the prompt's sequence first, then one for each paraphrase."""
+
+    request: Request
+    sequences: tuple[Sequence_, ...]
+
+
+def prepared(model: nn.Module, tokenizer: Any, requests: Sequence[Request], *, chat: bool = False) -> list[Prepared]:
+    """Requests as ids, checked against the vocabulary and the context.
+
+    Raises:
+        EditError: an empty prompt or target, one that does not fit the context, or ids outside the vocabulary.
+    """
+    longest = context_length(model)
+    size = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+    made = []
+    for request in requests:
+        sequences = []
+        for prompt in (request.prompt, *request.paraphrases):
+            ids = prompt_ids(tokenizer, prompt, chat=chat)
+            sequence = Sequence_(ids, target_ids(tokenizer, request.target, after=prompt, chat=chat))
+            total = len(sequence.prompt) + len(sequence.target)
+            if longest is not None and total > longest:
+                raise EditError(
+                    f"prompt {_short(prompt)}: {len(ids)} tokens and {len(sequence.target)} of the target are longer than the "
+                    f"model's context of {longest}."
+                )
+            outside = [i for i in (*sequence.prompt, *sequence.target) if not 0 <= i < size]
+            if outside:
+                raise EditError(f"prompt {_short(prompt)}: token id {outside[0]} is not in the vocabulary of {size}.")
+            sequences.append(sequence)
+        made.append(Prepared(request, tuple(sequences)))
+    return made
+
+
+def _short(text: Text, limit: int = 60) -> str:
+    shown = text if isinstance(text, str) else " ".join(map(str, text))
+    return repr(shown if len(shown) <= limit else shown[: limit - 1] + "…")
+
+
+def _as_text(text: Text) -> str:
+    return text if isinstance(text, str) else " ".join(str(int(i)) for i in text)
+
+
+# -- features ----------------------------------------------------------------------------------------------------------
+
+
+def features_of(
+    site: Site, sequences: Sequence[Sequence[int]], *, batch: int = 16
+) -> list[Annotated[Tensor, "token d"]]:
+    """The MLP inputs at every token of every sequence, float32 on the CPU."""
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    found: dict[int, Tensor] = {}
+    with evaluating(site.model):
+        for start in range(0, len(order), batch):
+            chosen = order[start : start + batch]
+            ids = padded([sequences[i] for i in chosen], device_of(site.model))
+            with site.reading() as seen, stopping_after(site):
+                run_until_stopped(site.model, ids)
+            values = seen[0].reshape(*ids.shape, -1)
+            for row, index in enumerate(chosen):
+                found[index] = values[row, : len(sequences[index])].float().cpu()
+    return [found[index] for index in range(len(sequences))]
+
+
+class _Enough(Exception):
+    pass
+
+
+class stopping_after:
+    """Ends a forward pass behind the site's layer; the layers above would be computed for nothing."""
+
+    def __init__(self, site: Site):
+        self.site = site
+
+    def __enter__(self) -> None:
+        def stop(*_: Any) -> None:
+            raise _Enough
+
+        self.handle = self.site.layers[self.site.layer].register_forward_hook(stop)
+
+    def __exit__(self, *_: object) -> None:
+        self.handle.remove()
+
+
+def run_until_stopped(model: nn.Module, ids: Tensor) -> None:
+    try:
+        model(input_ids=ids, use_cache=False)
+    except _Enough:
+        pass
+
+
+def corpus_ids(tokenizer: Any, corpus: Sequence[Text], *, length: int = 128) -> list[tuple[int, ...]]:
+    """A corpus as sequences of at most `length` tokens."""
+    chunks: list[tuple[int, ...]] = []
+    for text in corpus:
+        ids = tuple(int(i) for i in text) if not isinstance(text, str) else prompt_ids(tokenizer, text) if text else ()
+        chunks += [ids[start : start + length] for start in range(0, len(ids), length)]
+    return [chunk for chunk in chunks if chunk]
+
+
+@dataclass(frozen=True, eq=False)
+class Background:
+    """Features of other text at one site.
+
+    Attributes:
+        features: [n, d], MLP inputs, every position.
+        first: [n], whether the position is the first of its sequence (an attention sink in many models).
+    """
+
+    features: Annotated[Tensor, "n d"]
+    first: Annotated[Tensor, "n"]
+
+    @classmethod
+    def of(cls, site: Site, sequences: Sequence[Sequence[int]]) -> "Background":
+        found = features_of(site, sequences)
+        check_finite(torch.cat(found), "features of the corpus")
+        first = torch.cat([torch.arange(len(f)) == 0 for f in found])
+        return cls(torch.cat(found), first)
+
+    def centroid(self, sphere: Sphere) -> Annotated[Tensor, "d"]:
+        """Mean of the features on the sphere, first positions left out (they are all one vector)."""
+        return sphere.double().project(self.features[~self.first].double()).mean(dim=0)
+
+
+def feature_noise(site: Site, prompts: Sequence[Sequence[int]], centroid: Tensor | None = None) -> float:
+    """How far (1 − cosine) a prompt's feature moves between running alone and in a padded batch.
+
+    About 1e-7 in float32 and 1e-4 in bfloat16; a theta must be well above it. Centred at `centroid` where given.
+    """
+    if not prompts:
+        return 0.0
+    chosen = list(prompts)[:8]
+    longest = max(len(p) for p in chosen) + 5
+    alone = [features_of(site, [p])[0][-1] for p in chosen]
+    filled = [tuple(p) + (0,) * (longest - len(p)) for p in chosen]
+    rows = features_of(site, filled, batch=len(filled))
+    together = [rows[i][len(p) - 1] for i, p in enumerate(chosen)]
+    sphere = site.sphere.double()
+    a, b = sphere.project(torch.stack(alone).double()), sphere.project(torch.stack(together).double())
+    if centroid is not None:
+        a, b = a - centroid.double(), b - centroid.double()
+    return float((1 - torch.nn.functional.cosine_similarity(a, b, dim=-1)).max().clamp_min(0))
+
+
+def chosen_theta(noise: float) -> float:
+    """The smallest usual theta that is well above the noise of the features."""
+    return next((theta for theta in THETAS if theta >= _NOISE_MARGIN * noise), THETAS[-1])
+
+
+# -- making edits --------------------------------------------------------------------------------------------------------
+
+
+def edit_in_place(
+    model: nn.Module,
+    requests: Requests,
+    tokenizer: Any = None,
+    *,
+    layer: int | None = None,
+    theta: float | None = None,
+    response: float = RESPONSE,
+    corpus: Sequence[Text] | None = None,
+    detector: str = "auto",
+    neuron: Literal["quietest", "least-used"] | int = "quietest",
+    protect: Sequence[Text] = (),
+    optimisation: Optimisation | None = None,
+    chat: bool = False,
+    dtype: str | torch.dtype | None = None,
+    compat: Literal["authors"] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Edit | list[Edit]:
+    """Corrects answers with no new parameter: a quiet neuron's row, bias and column are replaced. The model is unchanged.
+
+    Args:
+        model: a causal model of transformers in the dtype in which it will be stored.
+        requests: one `{prompt, target}` (or pair), several, or the path of a JSONL file of them.
+        tokenizer: for texts.
+        layer: index; None chooses by the metric on `corpus`.
+        theta: half-width of the cone in cosine; None chooses from the feature noise of the model's dtype.
+        response: pre-activation at the trigger (Δ).
+        corpus: other texts (or ids). Needed where the neurons have no bias, at least as many tokens as the model is wide.
+        detector: "auto"; "affine" or "tangent" (need a bias); "surrogate" (the authors', without a bias) or "contrast"
+            (without a bias: least squares against the corpus).
+        neuron: which to replace: "quietest" (smallest L1 norm of its row), "least-used" (smallest mean effect on `corpus`),
+            or an index for a single edit.
+        protect: prompts on which no detector may fire.
+        optimisation: of the output vectors.
+        chat: prompts are a user's turns in the tokenizer's chat template.
+        dtype: make the edit for the model cast to this dtype (features, calibration and hash are of that cast).
+        compat: "authors" makes their edit (one prompt at a time, old second row, their 20 Adam steps).
+        progress: called with (done, all) during optimisation.
+
+    Returns:
+        One `Edit` for one request, else a list in the order of the requests. An answer that is right already gives an
+        edit without patches and a note.
+
+    Raises:
+        EditError: a request, layer or option that does not fit; the model is as it was.
+    """
+    return _edit(
+        "in-place",
+        model,
+        requests,
+        tokenizer,
+        layer=layer,
+        theta=theta,
+        response=response,
+        corpus=corpus,
+        detector=detector,
+        neuron=neuron,
+        protect=protect,
+        optimisation=optimisation,
+        chat=chat,
+        dtype=dtype,
+        compat=compat,
+        progress=progress,
+        plateau=False,
+        pad_to=0,
+    )
+
+
+def edit_widen(
+    model: nn.Module,
+    requests: Requests,
+    tokenizer: Any = None,
+    *,
+    layer: int | None = None,
+    theta: float | None = None,
+    response: float | None = None,
+    corpus: Sequence[Text] | None = None,
+    detector: str = "auto",
+    plateau: bool | None = None,
+    pad_to: int = _PAD_TO,
+    protect: Sequence[Text] = (),
+    optimisation: Optimisation | None = None,
+    chat: bool = False,
+    dtype: str | torch.dtype | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Edit | list[Edit]:
+    """Corrects answers with new neurons: every layer's MLP grows by silent ones, some of one layer become the edits.
+
+    The result loads in plain transformers. Where neurons have a bias (or the architecture has `mlp_bias`), the effect on a
+    prompt outside the cone is exactly zero. A model that was widened before is not widened again while it has silent
+    neurons left. The model given is unchanged.
+
+    Args:
+        model, requests, tokenizer, layer, theta, protect, optimisation, chat, dtype, progress: as for `edit_in_place`.
+        response: pre-activation at the trigger; 50, or 16 on a plateau.
+        corpus: other texts; gives the centre of the cone ("tangent"), and the constant where there is no bias.
+        detector: "auto" ("tangent" with a corpus, "affine" without, "contrast" where there can be no bias), or one of
+            these or "surrogate".
+        plateau: answer with a pair of neurons act(f) − act(f − Δ), which is flat above the ramp, so that rounding noise of
+            the features has no effect. None: in 16-bit dtypes.
+        pad_to: new neurons a layer are a multiple of this.
+    """
+    if pad_to < 1:
+        raise EditError(f"pad_to: {pad_to} must be at least 1.")
+    return _edit(
+        "widen",
+        model,
+        requests,
+        tokenizer,
+        layer=layer,
+        theta=theta,
+        response=response,
+        corpus=corpus,
+        detector=detector,
+        neuron="quietest",
+        protect=protect,
+        optimisation=optimisation,
+        chat=chat,
+        dtype=dtype,
+        compat=None,
+        progress=progress,
+        plateau=plateau,
+        pad_to=pad_to,
+    )
+
+
+@dataclass(eq=False)
+class _Trigger:
+    """One feature that fires, with the neurons that answer it."""
+
+    edit: int
+    sequence: int
+    place: int
+    feature: Annotated[Tensor, "d"]
+    detectors: tuple[Detector, ...]
+    signs: tuple[float, ...]
+    neurons: tuple[int, ...] = ()
+
+
+def _edit(
+    form: Form,
+    model: nn.Module,
+    requests: Requests,
+    tokenizer: Any,
+    *,
+    layer: int | None,
+    theta: float | None,
+    response: float | None,
+    corpus: Sequence[Text] | None,
+    detector: str,
+    neuron: str | int,
+    protect: Sequence[Text],
+    optimisation: Optimisation | None,
+    chat: bool,
+    dtype: str | torch.dtype | None,
+    compat: str | None,
+    progress: Callable[[int, int], None] | None,
+    plateau: bool | None,
+    pad_to: int,
+) -> Edit | list[Edit]:
+    began = time.perf_counter()
+    wanted, single = requests_of(requests)
+    check_theta(THETA if theta is None else theta, RESPONSE if response is None else response)
+    if compat not in (None, "authors"):
+        raise EditError(f"compat: {compat!r} is not known; only 'authors' is.")
+    if dtype is not None and dtype_named(dtype) != model.dtype:
+        model = copy.deepcopy(model).to(dtype_named(dtype))  # type: ignore[arg-type]
+    plans = prepared(model, tokenizer, wanted, chat=chat)
+    _check_duplicates(plans)
+    chunks = corpus_ids(tokenizer, corpus) if corpus is not None else None
+    if layer is None:
+        if chunks is None:
+            raise EditError("layer: none was given, and without a corpus none can be chosen. Give one of the two.")
+        layer = chosen_layer(model, chunks, theta or THETA)
+    site = Site.find(model, layer)
+    site.require_neurons("an edit in place" if form == "in-place" else "widening")
+    session = _Session(
+        form,
+        site,
+        plans,
+        chunks,
+        theta,
+        response,
+        detector,
+        neuron,
+        plateau,
+        pad_to,
+        optimisation or Optimisation(),
+        compat,
+    )
+    guarded = [(p, prompt_ids(tokenizer, p, chat=chat)) for p in protect]
+    edits = session.run(guarded, progress, began)
+    return edits[0] if single else edits
+
+
+def _check_duplicates(plans: Sequence[Prepared]) -> None:
+    seen: dict[tuple[int, ...], Prepared] = {}
+    for plan in plans:
+        for sequence in plan.sequences:
+            other = seen.get(sequence.prompt)
+            if other is not None:
+                raise EditError(
+                    f"prompt {_short(plan.request.prompt)} is given twice (also with the target "
+                    f"{_short(other.request.target)}); one prompt can have one answer."
+                )
+            seen[sequence.prompt] = plan
+
+
+def chosen_layer(model: nn.Module, chunks: Sequence[Sequence[int]], theta: float) -> int:
+    """The layer between a third and nine tenths of the depth whose features have the highest dimension, centred.
+
+    Early layers separate prompts badly; in the last ones too little of the model is left to turn one vector into a target
+    of several tokens.
+    """
+    from merging.edits.dimension import intrinsic_dimension
+
+    count = len(decoder_layers(model)[1])
+    candidates = list(range(math.ceil(count / 3), max(math.ceil(count / 3) + 1, int(0.9 * count))))
+    candidates = [i for i in candidates if i < count] or [count - 1]
+    best: tuple[float, int] | None = None
+    for index in candidates:
+        site = Site.find(model, index)
+        if site.kind == "jet-pack":
+            continue
+        found = Background.of(site, chunks[:64])
+        points = site.sphere.project(found.features[~found.first])[:2000]
+        value = float(intrinsic_dimension(points - points.mean(dim=0), [theta]).dimension[0])
+        if best is None or value > best[0]:
+            best = (value, index)
+    if best is None:
+        raise EditError("No layer takes a neuron as a detector; use a jet-pack.")
+    return best[1]
+
+
+class _Session:
+    """The making of several edits of one layer."""
+
+    def __init__(
+        self,
+        form: Form,
+        site: Site,
+        plans: Sequence[Prepared],
+        chunks: Sequence[Sequence[int]] | None,
+        theta: float | None,
+        response: float | None,
+        detector: str,
+        neuron: str | int,
+        plateau: bool | None,
+        pad_to: int,
+        optimisation: Optimisation,
+        compat: str | None,
+        centroid: Tensor | None = None,
+    ):
+        self.given_centroid = centroid
+        self.form, self.site, self.plans, self.compat = form, site, list(plans), compat
+        self.model = site.model
+        self.optimisation, self.neuron, self.pad_to = optimisation, neuron, pad_to
+        self.background = Background.of(site, chunks) if chunks else None
+        self.kind = self._kind(detector)
+        half = site.dtype in (torch.float16, torch.bfloat16)
+        biased = self.kind in ("affine", "tangent")
+        self.plateau = (half and biased) if plateau is None else plateau
+        if self.plateau and not biased:
+            raise EditError(f"plateau: needs a detector with a bias, but layer {site.layer} gets {self.kind!r}.")
+        self.centroid = centroid
+        if self.kind == "tangent" and self.background is not None and centroid is None:
+            self.centroid = self.background.centroid(site.sphere)
+        prompts = [s.prompt for plan in plans for s in plan.sequences]
+        self.noise = feature_noise(site, prompts, self.centroid) if half or theta is None else 0.0
+        self.theta = chosen_theta(self.noise) if theta is None else theta
+        self.response = response if response is not None else PLATEAU if self.plateau else RESPONSE
+        self.steady = self._steady()
+        self.widening, self.spare = self._widening()
+
+    def _kind(self, detector: str) -> str:
+        site, has_corpus = self.site, self.background is not None or self.given_centroid is not None
+        biased = site.kind == "affine" or (self.form == "widen" and site.kind == "optional-bias")
+        known = ("auto", "affine", "tangent", "surrogate", "contrast")
+        if detector not in known:
+            raise EditError(f"detector: {detector!r} is not known." + did_you_mean(detector, known))
+        if self.compat == "authors":
+            detector = "affine" if biased else "surrogate"
+        elif detector == "auto":
+            detector = ("tangent" if has_corpus else "affine") if biased else "contrast"
+        if detector in ("affine", "tangent") and not biased:
+            raise EditError(
+                f"detector {detector!r} needs a bias, but: {site.reason} "
+                + (
+                    "Widen instead, or take 'contrast'."
+                    if site.kind == "optional-bias"
+                    else "Take 'contrast' or a jet-pack."
+                )
+            )
+        if detector != "affine" and not has_corpus:
+            raise EditError(f"detector {detector!r} needs a corpus of other texts; give `corpus`.")
+        return detector
+
+    def _steady(self) -> Annotated[Tensor, "d"] | None:
+        """For gated neurons without a bias: the row that stands for the constant 1 in the second half."""
+        if self.site.up is None or self.kind in ("affine", "tangent") or self.compat == "authors":
+            return None
+        assert self.background is not None
+        return steady_functional(self.background.features, self.site.sphere)
+
+    # -- detectors -----------------------------------------------------------------------------------------------------
+
+    def _detector(self, feature: Tensor, others: Tensor | None) -> tuple[tuple[Detector, ...], tuple[float, ...]]:
+        site, dtype = self.site, self.site.dtype
+        response = 2 * self.response if self.plateau else self.response
+        if self.kind == "affine":
+            made = affine_detector(feature, site.sphere, theta=self.theta, response=response)
+        elif self.kind == "tangent":
+            assert self.centroid is not None
+            made = tangent_detector(feature, site.sphere, self.centroid, theta=self.theta, response=response)
+        elif self.kind == "surrogate":
+            assert others is not None
+            made = surrogate_detector(feature, others, site.sphere, theta=self.theta, response=response)
+        else:
+            assert others is not None
+            made = contrast_detector(
+                feature, others, site.sphere, theta=self.theta, response=response, noise=max(self.noise, 1e-7)
+            )
+        if self.compat == "authors":
+            return (made,), (1.0,)
+        made = calibrated(made, feature, dtype)
+        if not self.plateau:
+            return (made,), (1.0,)
+        return (made, calibrated_shift(made, self.response, dtype)), (1.0, -1.0)
+
+    def _others(self) -> Tensor | None:
+        return None if self.background is None else self.background.features
+
+    # -- widening ------------------------------------------------------------------------------------------------------
+
+    def _widening(self) -> tuple[Widening | None, list[int]]:
+        """How the model is widened (None where it has spare neurons already), and which neurons are free."""
+        needed = 0
+        for plan in self.plans:
+            for sequence in plan.sequences:
+                chained = len(sequence.target) if self.optimisation.chain else 1
+                needed += chained * (2 if self.plateau else 1)
+        if self.form == "in-place":
+            return None, []
+        spare = silent_neurons(self.site)
+        if len(spare) >= needed:
+            return None, spare
+        after = self.site.neurons + math.ceil(needed / self.pad_to) * self.pad_to
+        bias = self.site.kind == "optional-bias" and self.kind in ("affine", "tangent")
+        widening = widening_of(self.site, after, bias)
+        return widening, list(range(self.site.neurons, after))
+
+    def _choose_neurons(self, triggers: Sequence[_Trigger]) -> None:
+        site = self.site
+        assert site.inside is not None
+        assert site.out is not None
+        count = sum(len(t.detectors) for t in triggers)
+        if self.form == "widen":
+            free = self.spare
+        elif isinstance(self.neuron, int):
+            if count != 1 or not 0 <= self.neuron < site.neurons:
+                raise EditError(f"neuron: {self.neuron} must be one of 0 to {site.neurons - 1}, for a single trigger.")
+            free = [self.neuron]
+        elif self.neuron == "quietest":
+            free = quietest_neurons(site.inside.weights(), count)
+        elif self.neuron == "least-used":
+            free = self._least_used(count)
+        else:
+            raise EditError(
+                f"neuron: {self.neuron!r} is not known." + did_you_mean(self.neuron, ("quietest", "least-used"))
+            )
+        taken = iter(free)
+        for trigger in triggers:
+            trigger.neurons = tuple(next(taken) for _ in trigger.detectors)
+
+    def _least_used(self, count: int) -> list[int]:
+        site = self.site
+        if self.background is None:
+            raise EditError("neuron 'least-used' needs a corpus of other texts; give `corpus`.")
+        assert site.inside is not None
+        assert site.out is not None
+        x = self.background.features[~self.background.first][:4096].to(site.inside.weights().device)
+        rows = site.inside.weights().float()
+        values = x @ rows.T
+        bias = site.inside.biases()
+        values = site.act(values if bias is None else values + bias.float())
+        if site.up is not None:
+            second = x @ site.up.weights().float().T
+            up_bias = site.up.biases()
+            values = values * (second if up_bias is None else second + up_bias.float())
+        effect = values.abs().mean(dim=0) * site.out.weights().float().norm(dim=1)
+        return [int(i) for i in torch.argsort(effect, stable=True)[:count]]
+
+    # -- patches -------------------------------------------------------------------------------------------------------
+
+    def _patches(self, trigger: _Trigger, columns: Sequence[Tensor]) -> tuple[Patch, ...]:
+        site = self.site
+        assert site.inside is not None
+        assert site.out is not None
+        dtype = site.dtype
+        steady = self.steady
+        patches = []
+        for index, made, column in zip(trigger.neurons, trigger.detectors, columns):
+            patches.append(self._patch(site.inside.weight_name, site.inside, index, made.row.to(dtype)))
+            if made.bias is not None:
+                patches.append(self._patch(f"{site.inside.name}.bias", site.inside, index, made.bias.to(dtype)))
+            if site.up is not None and self.compat != "authors":
+                if made.bias is not None:
+                    # the second factor is 1 everywhere
+                    patches.append(
+                        self._patch(site.up.weight_name, site.up, index, torch.zeros_like(made.row).to(dtype))
+                    )
+                    patches.append(self._patch(f"{site.up.name}.bias", site.up, index, torch.ones((), dtype=dtype)))
+                elif steady is not None:
+                    row = steady / (steady @ trigger.feature.double())
+                    patches.append(self._patch(site.up.weight_name, site.up, index, row.to(dtype)))
+            patches.append(self._patch(site.out.weight_name, site.out, index, column.to(dtype)))
+        # a neuron that already holds the wanted values needs no patch for them
+        return tuple(p for p in patches if not torch.equal(p.old, p.new) or p.name == site.out.weight_name)
+
+    def _patch(self, name: str, projection: Any, index: int, new: Tensor) -> Patch:
+        m = self.site.neurons
+        after = m if self.widening is None else self.widening.after
+        place = (projection.offset // m) * after + index
+        is_bias = name.endswith(".bias")
+        dim = 0 if is_bias else projection.axis
+        if index < m:
+            stored = getattr(projection.module, "bias" if is_bias else "weight").detach()
+            old = stored.select(dim, projection.offset + index).cpu().clone()
+        else:
+            old = torch.zeros_like(new)
+        return Patch(name, dim, place, old, new.detach().cpu().clone())
+
+    # -- the run -------------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        guarded: Sequence[tuple[Text, tuple[int, ...]]],
+        progress: Callable[[int, int], None] | None,
+        began: float,
+    ) -> list[Edit]:
+        before = optimise.losses(self.model, [s for plan in self.plans for s in plan.sequences])
+        base = content_hash(in_memory(self.model))
+        states = iter(before)
+        right = []
+        for plan in self.plans:
+            right.append(all([next(states)[1] for _ in plan.sequences]))
+        open_plans = [i for i, already in enumerate(right) if not already]
+        made: dict[int, Edit] = {}
+        if open_plans and self.compat == "authors":
+            for i in open_plans:
+                made[i] = self._as_the_authors(i, base, began)
+        elif open_plans:
+            made = self._together(open_plans, guarded, base, progress, began)
+        for i, plan in enumerate(self.plans):
+            if i not in made:
+                made[i] = self._edit_value(
+                    plan,
+                    base,
+                    (),
+                    (),
+                    {"already": True},
+                    note="The model gives this answer already; nothing was changed.",
+                )
+        return [made[i] for i in range(len(self.plans))]
+
+    def run_given(self, found: Sequence[optimise.Found], base: str) -> list[Edit]:
+        """Edits from residuals that are known (a jet-pack's), one for each sequence; nothing is optimised."""
+        began = time.perf_counter()
+        if base and content_hash(in_memory(self.model)) != base:
+            raise BaseMismatchError("The jet-pack was made from another base than this model.")
+        indices = range(len(self.plans))
+        lengths = {(i, n): s.triggers for i in indices for n, s in enumerate(self.plans[i].sequences)}
+        known: dict[int, Any] = {}
+        position = 0
+        for i in indices:
+            count = len(self.plans[i].sequences)
+            known[i] = (None, None, {"success": True}, list(found[position : position + count]))
+            position += count
+        result = self._attempt(indices, lengths, (), None, known=known)
+        self.form = "fold"
+        return self._values(indices, result, content_hash(in_memory(self.model)), began)
+
+    def _triggers(self, indices: Sequence[int], lengths: Mapping[tuple[int, int], int]) -> list[_Trigger]:
+        triggers = []
+        others = self._others()
+        for i in indices:
+            for number, sequence in enumerate(self.plans[i].sequences):
+                features = features_of(self.site, [sequence.ids])[0]
+                check_finite(features, f"prompt {_short(self.plans[i].request.prompt)}")
+                for place in range(lengths[(i, number)]):
+                    # a trigger's feature is taken as generation computes it: the sequence up to it, alone
+                    feature = features[len(sequence.prompt) - 1 + place]
+                    detectors, signs = self._detector(feature, others)
+                    triggers.append(_Trigger(i, number, place, feature, detectors, signs))
+        return triggers
+
+    def _together(
+        self,
+        indices: Sequence[int],
+        guarded: Sequence[tuple[Text, tuple[int, ...]]],
+        base: str,
+        progress: Callable[[int, int], None] | None,
+        began: float,
+    ) -> dict[int, Edit]:
+        lengths = {(i, n): 1 for i in indices for n in range(len(self.plans[i].sequences))}
+        result = self._attempt(indices, lengths, guarded, progress)
+        failed = [i for i in indices if not result[i][2]["success"]]
+        longer = [i for i in failed if len(self.plans[i].sequences[0].target) > 1]
+        if longer and self.optimisation.chain and self.neuron in ("quietest", "least-used"):
+            for i in longer:
+                for n, sequence in enumerate(self.plans[i].sequences):
+                    lengths[(i, n)] = len(sequence.target)
+            result = self._attempt(indices, lengths, guarded, progress, known=result)
+        return dict(zip(indices, self._values(indices, result, base, began)))
+
+    def _values(self, indices: Sequence[int], result: Mapping[int, Any], base: str, began: float) -> list[Edit]:
+        seconds = (time.perf_counter() - began) / max(1, len(self.plans))
+        edits = []
+        for i in indices:
+            triggers, columns, measured, _ = result[i]
+            patches = tuple(p for t, c in zip(triggers, columns) for p in self._patches(t, c))
+            note = "" if measured["success"] else "The whole target is not the greedy answer; see `measured`."
+            edits.append(
+                self._edit_value(
+                    self.plans[i],
+                    base,
+                    tuple(k for t in triggers for k in t.neurons),
+                    patches,
+                    {**measured, "seconds": round(seconds, 3)},
+                    note=note,
+                )
+            )
+        return edits
+
+    def _attempt(
+        self,
+        indices: Sequence[int],
+        lengths: Mapping[tuple[int, int], int],
+        guarded: Sequence[tuple[Text, tuple[int, ...]]],
+        progress: Callable[[int, int], None] | None,
+        known: Mapping[int, Any] | None = None,
+    ) -> dict[int, tuple[list[_Trigger], list[list[Tensor]], dict[str, Any], list[optimise.Found]]]:
+        """One whole try: shells in, responses measured, residuals found, columns solved and verified, all taken out."""
+        site = self.site
+        triggers = self._triggers(indices, lengths)
+        self._check_protected(triggers, guarded)
+        self._choose_neurons(triggers)
+        zero = torch.zeros(site.width)
+        shell = [
+            self._edit_value(
+                self.plans[i],
+                "",
+                (),
+                tuple(p for t in triggers if t.edit == i for p in self._patches(t, [zero] * len(t.detectors))),
+                {},
+            )
+            for i in indices
+        ]
+        keys = [(i, n) for i in indices for n in range(len(self.plans[i].sequences))]
+        sequences = [replace(self.plans[i].sequences[n], triggers=lengths[(i, n)]) for i, n in keys]
+        apply_to_model(self.model, shell)
+        try:
+            responses, values = self._responses(triggers, keys, sequences)
+            redo = range(len(keys))
+            found: list[optimise.Found | None] = [None] * len(keys)
+            if known is not None:
+                # what worked with one trigger is kept; only the others are optimised again
+                for place, (i, n) in enumerate(keys):
+                    if known[i][2]["success"]:
+                        found[place] = known[i][3][n]
+                redo = [place for place in range(len(keys)) if found[place] is None]
+            for place, fresh in zip(
+                redo, find_residuals(site, [sequences[p] for p in redo], self.optimisation, progress=progress)
+            ):
+                found[place] = fresh
+            residuals = torch.cat([f.residual for f in found if f is not None]).double().cpu()
+            columns = self._columns(values, residuals, triggers)
+            self._write_columns(triggers, columns)
+            after = optimise.losses(self.model, sequences)
+        finally:
+            undo_on_model(self.model, shell_with_columns(shell, self.model))
+        result = {}
+        for i in indices:
+            own = [t for t, trigger in enumerate(triggers) if trigger.edit == i]
+            places = [p for p, key in enumerate(keys) if key[0] == i]
+            measured = {
+                "success": all(after[p][1] for p in places),
+                "response": [round(float(responses[t]), 4) for t in own],
+                "loss_before": round(found[places[0]].loss_before, 4),  # type: ignore[union-attr]
+                "loss_after": round(after[places[0]][0], 4),
+                "steps": max(f.steps for p, f in enumerate(found) if p in places and f is not None),
+                "noise": self.noise,
+                "plateau": self.plateau,
+                "triggers": len(own),
+            }
+            result[i] = (
+                [triggers[t] for t in own],
+                [columns[t] for t in own],
+                measured,
+                [f for p in places if (f := found[p]) is not None],
+            )
+        return result
+
+    def _responses(
+        self, triggers: Sequence[_Trigger], keys: Sequence[tuple[int, int]], sequences: Sequence[Sequence_]
+    ) -> tuple[Tensor, Tensor]:
+        """Pre-activations of each trigger's own first neuron, and [trigger, trigger] values (signed sums of neurons)."""
+        site = self.site
+        place_of = {key: place for place, key in enumerate(keys)}
+        with evaluating(self.model), site.reading_neurons() as seen:
+            ids = padded([s.ids for s in sequences], device_of(self.model))
+            optimise.logits_of(self.model, ids)
+        hidden = seen[0].reshape(*ids.shape, -1).float().cpu()
+        rows = torch.stack(
+            [
+                hidden[
+                    place_of[(t.edit, t.sequence)], len(self.plans[t.edit].sequences[t.sequence].prompt) - 1 + t.place
+                ]
+                for t in triggers
+            ]
+        )
+        check_finite(rows, f"layer {site.layer}, the new neurons' values")
+        values = torch.stack(
+            [sum(s * rows[:, k] for s, k in zip(t.signs, t.neurons)) for t in triggers],  # type: ignore[misc]
+            dim=1,
+        ).double()
+        own = torch.stack([rows[number, t.neurons[0]] for number, t in enumerate(triggers)])
+        return own, values
+
+    def _columns(self, values: Tensor, residuals: Tensor, triggers: Sequence[_Trigger]) -> list[list[Tensor]]:
+        """Output vectors: the solution of (responses) V = residuals, so that cross-talking triggers are exact too."""
+        diagonal = values.diagonal()
+        weak = [t for t, value in enumerate(diagonal) if abs(float(value)) < 1e-3 * self.response]
+        if weak:
+            plan = self.plans[triggers[weak[0]].edit]
+            raise EditError(
+                f"prompt {_short(plan.request.prompt)}: the new neuron answers {float(diagonal[weak[0]]):.3g} at its own trigger "
+                f"instead of about {self.response:g}. Choose another layer or detector."
+            )
+        condition = float(torch.linalg.cond(values / diagonal[:, None]))
+        if not condition < 1e4:
+            off = (values / diagonal[:, None]).abs() - torch.eye(len(diagonal))
+            a, b = divmod(int(off.argmax()), len(diagonal))
+            raise EditError(
+                f"Two triggers cannot be told apart at theta {self.theta:g}: "
+                f"{_short(self.plans[triggers[a].edit].request.prompt)} and "
+                f"{_short(self.plans[triggers[b].edit].request.prompt)}. Take a smaller theta or another layer."
+            )
+        solved = torch.linalg.solve(values, residuals)
+        return [[sign * solved[number] for sign in trigger.signs] for number, trigger in enumerate(triggers)]
+
+    def _write_columns(self, triggers: Sequence[_Trigger], columns: Sequence[Sequence[Tensor]]) -> None:
+        out = self.site.out
+        assert out is not None
+        weight = out.module.weight
+        assert isinstance(weight, Tensor)
+        with torch.no_grad():
+            for trigger, vectors in zip(triggers, columns):
+                for neuron, vector in zip(trigger.neurons, vectors):
+                    weight.data.select(out.axis, neuron).copy_(vector.to(weight))
+
+    def _check_protected(self, triggers: Sequence[_Trigger], guarded: Sequence[tuple[Text, tuple[int, ...]]]) -> None:
+        if not guarded:
+            return
+        features = features_of(self.site, [ids for _, ids in guarded])
+        fired = [
+            f"{_short(text)} (by the edit for {_short(self.plans[t.edit].request.prompt)})"
+            for (text, _), own in zip(guarded, features)
+            for t in triggers
+            if bool((t.detectors[0](own) > 0).any())
+        ]
+        if fired:
+            raise EditError(
+                f"protect: at theta {self.theta:g} in layer {self.site.layer} {len(fired)} detector(s) fire on protected prompts: "
+                + "; ".join(fired[:4])
+                + ". Take a smaller theta or another layer."
+            )
+
+    def _edit_value(
+        self,
+        plan: Prepared,
+        base: str,
+        neurons: tuple[int, ...],
+        patches: tuple[Patch, ...],
+        measured: Mapping[str, Any],
+        note: str = "",
+    ) -> Edit:
+        request, sequence = plan.request, plan.sequences[0]
+        return Edit(
+            prompt=_as_text(request.prompt),
+            target=_as_text(request.target),
+            prompt_ids=sequence.prompt,
+            target_ids=sequence.target,
+            form=self.form,
+            kind=self.kind,
+            layer=self.site.layer,
+            theta=self.theta,
+            response=self.response,
+            neurons=neurons,
+            patches=patches,
+            base_hash=base,
+            dtype=dtype_name(self.site.dtype),
+            widening=self.widening if patches else None,
+            measured=measured,
+            paraphrases=tuple(_as_text(p) for p in request.paraphrases),
+            note=note,
+        )
+
+    # -- the authors' procedure ----------------------------------------------------------------------------------------
+
+    def _as_the_authors(self, index: int, base: str, began: float) -> Edit:
+        site, plan = self.site, self.plans[index]
+        sequence = plan.sequences[0]
+        if plan.request.paraphrases:
+            raise EditError("compat 'authors': paraphrases are not part of their procedure.")
+        assert site.out is not None
+        (trigger,) = self._triggers([index], {(index, n): 1 for n in range(len(plan.sequences))})[:1]
+        self._choose_neurons([trigger])
+        (neuron,) = trigger.neurons
+        old = site.out.weights()[neuron].clone()
+        shell = self._edit_value(plan, "", (), self._patches(trigger, [old.cpu()]), {})
+        apply_to_model(self.model, [shell])
+        try:
+            vector, trace = optimise.authors_vector(site, sequence, neuron, old, drop_out_bias=not site.gated)
+            with torch.no_grad():
+                site.out.weights()[neuron].copy_(vector)
+            (after,) = optimise.losses(self.model, [sequence])
+        finally:
+            with torch.no_grad():
+                site.out.weights()[neuron].copy_(old)
+            undo_on_model(self.model, [shell])
+        measured = {
+            "success": after[1],
+            "loss_after": after[0],
+            "seconds": optimise.seconds_since(began),
+            "trace": trace,
+        }
+        return self._edit_value(plan, base, (neuron,), self._patches(trigger, [vector.cpu()]), measured)
+
+
+def shell_with_columns(shell: Sequence[Edit], model: nn.Module) -> list[Edit]:
+    """The edits with `new` as the model holds it now, so that they can be undone bit by bit after columns were written."""
+    current = in_memory(model)
+    return [
+        replace(
+            edit,
+            patches=tuple(
+                replace(p, new=current.read(p.name).select(p.dim, p.index).detach().cpu().clone()) for p in edit.patches
+            ),
+        )
+        for edit in shell
+    ]
+
+
+def calibrated_shift(detector: Detector, by: float, dtype: torch.dtype) -> Detector:
+    """The plateau's second half: the same stored row, the bias lowered by about `by` and rounded.
+
+    The step between both biases is what the plateau's height becomes; it is measured, not assumed.
+    """
+    assert detector.bias is not None
+    lower = (detector.bias - by).to(dtype).double()
+    return Detector(detector.row, lower, detector.kind, detector.theta, detector.response - by)
+
+
+def silent_neurons(site: Site) -> list[int]:
+    """Neurons whose output column and input rows are all zero (what an earlier widening left unused)."""
+    assert site.inside is not None
+    assert site.out is not None
+    silent = (site.out.weights() == 0).all(dim=1) & (site.inside.weights() == 0).all(dim=1)
+    bias = site.inside.biases()
+    if bias is not None:
+        silent &= bias == 0
+    return [int(i) for i in torch.nonzero(silent).flatten()]
+
+
+_WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "hidden_dim")
+
+
+def widening_of(site: Site, after: int, adds_bias: bool) -> Widening:
+    """How this model is widened, checked by building it from its new config without memory.
+
+    Raises:
+        EditError: the width of the MLPs is not a setting of this architecture, or does not stand for itself.
+    """
+    model, m = site.model, site.neurons
+    config = getattr(model, "config", None)
+    assert site.inside is not None
+    assert site.out is not None
+    refusal = f"{type(model).__name__}: cannot be widened in a form that plain transformers loads: "
+    if site.gate_only:
+        raise EditError(f"{refusal}a mixer's width is tied to its state. Edit in place or use a jet-pack.")
+    keys = [
+        k for k in _WIDTHS if hasattr(config, k) and getattr(config, k) in (m, *((None,) if k == "n_inner" else ()))
+    ]
+    if config is None or not keys:
+        raise EditError(f"{refusal}its config has no setting for the {m} neurons. Edit in place or use a jet-pack.")
+    settings: dict[str, Any] = {keys[0]: after}
+    if adds_bias:
+        settings["mlp_bias"] = True
+    before = {key: getattr(config, key) for key in settings}
+    fused = site.up is not None and site.up.name == site.inside.name
+    template = lambda name: name.replace(f"{site.layers_name}.{site.layer}.", f"{site.layers_name}.{{}}.", 1)  # noqa: E731
+    inside = [template(site.inside.name)]
+    if site.up is not None and not fused:
+        inside.append(template(site.up.name))
+    widening = Widening(
+        before=m,
+        after=after,
+        layers=len(site.layers),
+        inside=tuple(inside),
+        out=template(site.out.name),
+        transposed=site.inside.transposed,
+        fused=fused,
+        adds_bias=adds_bias,
+        config=settings,
+        config_before=before,
+    )
+    changed = copy.deepcopy(config)
+    for key, value in settings.items():
+        setattr(changed, key, value)
+    wanted = {name: info.shape for name, info in widening.infos(in_memory(model).infos).items()}
+    try:
+        with torch.device("meta"):
+            built = type(model)(changed)
+    except Exception as error:
+        raise EditError(f"{refusal}building it from the wider config fails ({error}).") from error
+    shapes = {name: tuple(t.shape) for name, t in built.state_dict().items()}
+    wrong = [name for name in wanted if shapes.get(name) != wanted[name]] + [n for n in shapes if n not in wanted]
+    if wrong:
+        raise EditError(
+            f"{refusal}with {settings} the shape of {wrong[0]} would not fit. Edit in place or use a jet-pack."
+        )
+    return widening
