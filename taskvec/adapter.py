@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from taskvec.blocks import is_embedding, is_head, layer_key
+from taskvec.blocks import is_embedding, is_head, layer_key, layer_of
 from taskvec.errors import (
     CorruptFileError,
     MismatchError,
@@ -464,7 +464,9 @@ class Layouts:
                 self.votes.setdefault(layer_key(name), set()).add(bias.shape == (info.shape[1],))
 
     def _votes(self, name: str) -> set[bool]:
-        return self.votes.get(layer_key(name)) or set[bool]().union(*self.votes.values())
+        own = self.votes.get(layer_key(name), set())
+        # a layer without biases is of the type of the others; a head outside the layers need not be
+        return own if own or layer_of(name) is None else own.union(*self.votes.values())
 
     def stored_in_out(self, name: str) -> bool:
         """Whether the matrix `name` is stored as [in, out], as far as the base's names and shapes tell."""

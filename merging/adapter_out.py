@@ -1,0 +1,700 @@
+"""Merged deltas as a PEFT adapter: exact where they are sums of LoRA, else the best low rank, with its error reported.
+
+Deltas come one at a time and only their factors are kept, so neither a full model nor a full task vector is ever in
+memory. The scaling is folded into the factors (`lora_alpha = r`), so plain PEFT loads what is written.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor
+
+from taskvec.adapter import Layouts, Names
+from taskvec.blocks import is_embedding
+from taskvec.errors import MismatchError, OutputError, OutputExistsError, UsageError, did_you_mean
+from taskvec.lora import blocks, finite, matrix_shape
+from taskvec.precision import compute_dtype, dtype_named, rounded
+from taskvec.source import DeltaSource, LowRank, TensorSource, in_memory
+from taskvec.vector import TaskVector
+from taskvec.writer import check_output, write_durably
+
+Other = Literal["refuse", "save", "drop"]
+Solver = Literal["auto", "exact", "randomised"]
+
+# above this side the full decomposition is left to the randomised one; its cost is cubic
+_FULL_SVD = 2048
+_OVERSAMPLING = 16
+_POWER_ITERATIONS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """How many directions of each delta to keep.
+
+    Attributes:
+        kind: "rank" (at most `value`), "energy" (the least rank that holds this share of the squared norm), or "exact"
+            (all: the factors side by side where the delta is a product, else the numerical rank).
+        value: a whole number >= 1 for "rank", a share in (0, 1] for "energy", unused for "exact".
+    """
+
+    kind: Literal["rank", "energy", "exact"]
+    value: float = 0.0
+
+    @classmethod
+    def parse(cls, text: "str | int | Rank") -> "Rank":
+        """`rank=16` (or just 16), `energy=0.95` or `exact`.
+
+        Raises:
+            UsageError: anything else, or a number out of its range.
+        """
+        if isinstance(text, Rank):
+            return text
+        kind, _, number = str(text).replace(" ", "").rpartition("=")
+        if (kind, number) == ("", "exact"):
+            return cls("exact")
+        try:
+            value = float(number)
+        except ValueError:
+            raise UsageError(
+                f"rank: {text!r} is not rank=NUMBER, energy=SHARE or exact." + did_you_mean(str(text), ["exact"])
+            ) from None
+        if kind in ("", "rank"):
+            if value < 1 or value != int(value):
+                raise UsageError(f"rank: {number} is not a whole number of at least 1.")
+            return cls("rank", value)
+        if kind == "energy":
+            if not 0 < value <= 1:
+                raise UsageError(f"energy: {number} is not in (0, 1].")
+            return cls("energy", value)
+        raise UsageError(f"rank: {text!r} is not rank=NUMBER, energy=SHARE or exact.")
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What became of one tensor.
+
+    Attributes:
+        name: the tensor in the base.
+        rank: directions kept.
+        of: the most there could be, min(rows, columns).
+        norm: Frobenius norm of the delta.
+        error: relative Frobenius error of what is stored, 0 for exact.
+    """
+
+    name: str
+    rank: int
+    of: int
+    norm: float
+    error: float
+
+
+@dataclass(slots=True)
+class AdapterReport:
+    """What an adapter holds of the deltas it was made from.
+
+    Attributes:
+        path: the folder.
+        kept: one entry for each factored tensor.
+        saved: tensors stored whole (norms, biases).
+        dropped: changed tensors that were left out on request.
+        error: relative Frobenius error over all changed tensors, dropped ones included.
+        parameters: numbers stored.
+    """
+
+    path: Path
+    kept: list[Kept] = field(default_factory=list)
+    saved: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    error: float = 0.0
+    parameters: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"path": str(self.path)}
+
+
+# -- low rank ----------------------------------------------------------------------------------------------------------
+
+
+def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A thin SVD; float64 once more if LAPACK does not converge in float32."""
+    try:
+        return torch.linalg.svd(matrix, full_matrices=False)
+    except RuntimeError:  # LinAlgError is one
+        left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+        return left.to(matrix.dtype), values.to(matrix.dtype), right.to(matrix.dtype)
+
+
+def _product_svd(product: LowRank) -> tuple[Tensor, Tensor, Tensor]:
+    """The SVD of a product from its factors alone: two thin QRs and a square of the rank's size, in float64."""
+    outer, upper = torch.linalg.qr(product.left.double())
+    inner, lower = torch.linalg.qr(product.right.double().T)
+    left, values, right = _svd(upper @ lower.T)
+    return outer @ left, values, right @ inner.T
+
+
+def _product_norm(left: Tensor, right: Tensor) -> float:
+    upper = torch.linalg.qr(left.double(), mode="r")[1]
+    lower = torch.linalg.qr(right.double().T, mode="r")[1]
+    return float(torch.linalg.matrix_norm(upper @ lower.T))
+
+
+def _randomised_svd(matrix: Tensor, rank: int, seed: int, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading directions by subspace iteration (arXiv:0909.4061, algorithm 4.4), drawn by name and seed."""
+    from zlib import crc32
+
+    generator = torch.Generator().manual_seed(crc32(name.encode()) ^ (seed << 32))
+    width = min(rank + _OVERSAMPLING, min(matrix.shape))
+    basis = torch.randn(matrix.shape[1], width, generator=generator, dtype=torch.float64).to(matrix.dtype)
+    span = torch.linalg.qr(matrix @ basis)[0]
+    for _ in range(_POWER_ITERATIONS):
+        span = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ span)[0])[0]
+    left, values, right = _svd(span.T @ matrix)
+    return span @ left, values, right
+
+
+def _enough(values: Tensor, total: float, rank: Rank, shape: tuple[int, int], eps: float) -> int:
+    """How many singular values (descending) are kept."""
+    alive = int((values > values[0] * max(shape) * eps).sum()) if values.numel() else 0
+    if rank.kind == "rank":
+        return min(int(rank.value), alive)
+    if rank.kind == "energy":
+        share = values.double().square().cumsum(0) / total
+        reached = (share >= rank.value * (1 - 1e-12)).nonzero()
+        return min(int(reached[0]) + 1 if len(reached) else alive, alive)
+    return alive
+
+
+def low_rank_of(
+    delta: Tensor | LowRank, rank: "Rank | str | int", *, name: str = "delta", solver: Solver = "auto", seed: int = 0
+) -> LowRank:
+    """The best product of a rank for one delta (Eckart-Young), from its factors alone where it has them.
+
+    Args:
+        delta: a tensor (seen as its first dimension against the others) or a product.
+        rank: see `Rank`.
+        name: keys the random start of the randomised solver and stands in messages.
+        solver: for a dense delta: "exact" (full SVD), "randomised" (subspace iteration), or "auto" (exact up to a
+            smaller side of 2048).
+        seed: of the randomised solver.
+
+    Raises:
+        NonFiniteError: the delta holds NaN or infinity.
+    """
+    rank = Rank.parse(rank)
+    if isinstance(delta, LowRank):
+        finite(delta.left, name, "the delta")
+        finite(delta.right, name, "the delta")
+        rows, columns = delta.left.shape[0], delta.right.shape[1]
+        most = min(rows, columns) if rank.kind != "rank" else int(rank.value)
+        if rank.kind != "energy" and delta.rank <= most:
+            return delta
+        left, values, right = _product_svd(delta)
+        kept = _enough(values, float(values.double().square().sum()), rank, (rows, columns), 1e-15)
+        return _balanced(left, values, right, kept, delta.left.dtype, delta.shape)
+    dtype = compute_dtype(delta.dtype)
+    matrix = finite(delta, name, "the delta").to(dtype).reshape(matrix_shape(tuple(delta.shape)))
+    shape, total = (matrix.shape[0], matrix.shape[1]), float(matrix.double().square().sum())
+    small, eps = min(shape), torch.finfo(dtype).eps
+    if solver == "exact" or rank.kind == "exact" or (solver == "auto" and small <= _FULL_SVD):
+        left, values, right = _svd(matrix)
+    else:
+        guess = int(rank.value) if rank.kind == "rank" else 32
+        while True:
+            left, values, right = _randomised_svd(matrix, guess, seed, name)
+            # the values found are lower bounds, so a share that they reach is reached
+            reached = float(values[:guess].double().square().sum()) >= rank.value * total
+            if rank.kind == "rank" or reached or guess >= small:
+                break
+            guess = min(2 * guess, small)
+    kept = _enough(values, total, rank, shape, eps)
+    return _balanced(left, values, right, kept, dtype, tuple(delta.shape))
+
+
+def _balanced(
+    left: Tensor, values: Tensor, right: Tensor, rank: int, dtype: torch.dtype, shape: tuple[int, ...]
+) -> LowRank:
+    """Factors of equal size, so that neither overflows a narrow dtype."""
+    root = values[:rank].sqrt()
+    return LowRank((left[:, :rank] * root).to(dtype), (root[:, None] * right[:rank]).to(dtype), shape)
+
+
+def _relative_error(delta: Tensor | LowRank, stored: LowRank) -> tuple[float, float]:
+    """Norm of the delta, and of what the stored product misses of it, relative."""
+    if isinstance(delta, LowRank):
+        if delta.left is stored.left and delta.right is stored.right:
+            return _product_norm(delta.left, delta.right), 0.0
+        norm = _product_norm(delta.left, delta.right)
+        missed = _product_norm(
+            torch.cat([delta.left.double(), -stored.left.double()], 1),
+            torch.cat([delta.right.double(), stored.right.double()]),
+        )
+        return norm, missed / norm if norm else 0.0
+    matrix = delta.reshape(matrix_shape(tuple(delta.shape)))
+    total = missed = 0.0
+    for start, stop in blocks(tuple(delta.shape)):
+        piece = matrix[start:stop].double()
+        total += float(piece.square().sum())
+        missed += float((piece - stored.left[start:stop].double() @ stored.right.double()).square().sum())
+    return math.sqrt(total), math.sqrt(missed / total) if total else 0.0
+
+
+# -- names and kinds of modules in the live model ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Site:
+    """One module of the live model that a tensor of the base is the weight of."""
+
+    module: str
+    kind: Literal["linear", "in out", "embedding", "convolution", "other"]
+
+
+class _Live:
+    """What the base is called and consists of once transformers has built it.
+
+    PEFT's keys are paths of the live model. Where the base has a config.json that transformers knows, an empty model
+    is built from it (no weights, no code from the folder); else the names of the base are taken for those paths.
+    """
+
+    def __init__(self, base: TensorSource):
+        self.base = base
+        self.layouts = Layouts(base)
+        self.model = self._empty_model()
+        self.modules: dict[str, torch.nn.Module] = {}
+        self.names: Names | None = None
+        if self.model is not None:
+            self.modules = dict(self.model.named_modules())
+            self.names = Names(in_memory(dict(self.model.state_dict()), label="the live model"))
+            self.names.learn(list(base.infos))
+
+    def _empty_model(self) -> torch.nn.Module | None:
+        config: Mapping[str, Any] = getattr(self.base, "config", None) or {}
+        path: Path | None = getattr(self.base, "path", None)
+        kinds = config.get("architectures") or []
+        if path is None or not Path(path).is_dir() or not kinds:
+            return None
+        import transformers
+
+        kind = getattr(transformers, str(kinds[0]), None)
+        if kind is None:
+            return None
+        with torch.device("meta"):
+            return kind(transformers.AutoConfig.from_pretrained(path, trust_remote_code=False))
+
+    def path(self, name: str) -> str | None:
+        """The live path of a tensor, or None where the live model has no such tensor (fused experts)."""
+        if self.names is None:
+            return name
+        return self.names.find(name)
+
+    def sites(self, name: str) -> list[_Site]:
+        """The modules that use this tensor: one, or two where a head is tied to its embedding."""
+        path = self.path(name)
+        if path is None:
+            return [_Site(name.rpartition(".")[0], "other")]
+        module, _, parameter = path.rpartition(".")
+        if self.model is None:
+            tied = [alias.rpartition(".")[0] for alias, to in self.base.aliases.items() if to == name]
+            return [_Site(module, self._kind(name, parameter)), *(_Site(other, "linear") for other in tied)]
+        weight = getattr(self.modules.get(module), parameter, None)
+        users = [
+            (path, found)
+            for path, found in self.modules.items()
+            if getattr(found, parameter, None) is weight or path == module
+        ]
+        return [_Site(path, self._kind_of(found, name, parameter)) for path, found in users]
+
+    def _kind_of(
+        self, module: torch.nn.Module, name: str, parameter: str
+    ) -> Literal["linear", "in out", "embedding", "convolution", "other"]:
+        from transformers.pytorch_utils import Conv1D
+
+        if parameter != "weight":
+            return "other"
+        if isinstance(module, Conv1D):
+            return "in out"
+        if isinstance(module, torch.nn.Linear):
+            return "linear"
+        if isinstance(module, torch.nn.Embedding):
+            return "embedding"
+        if isinstance(module, torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d) and module.groups == 1:
+            return "convolution"
+        return "other"
+
+    def _kind(self, name: str, parameter: str) -> Literal["linear", "in out", "embedding", "convolution", "other"]:
+        shape = self.base.infos[name].shape
+        if parameter != "weight" or len(shape) < 2 or len(shape) > 5:
+            return "other"
+        if len(shape) > 2:
+            return "convolution"
+        if is_embedding(name):
+            return "embedding"
+        return "in out" if self.layouts.stored_in_out(name) else "linear"
+
+    def alike(self, leaf: str) -> set[str]:
+        """All modules whose path ends with this name."""
+        paths = self.modules if self.model is not None else {name.rpartition(".")[0] for name in self.base.infos}
+        return {path for path in paths if path == leaf or path.endswith(f".{leaf}")}
+
+    def tensors_of(self, module: str) -> dict[str, str] | None:
+        """Tensors of a module without submodules, live path to name in the base; None if it has submodules."""
+        found: dict[str, str] = {}
+        for name in self.base.infos:
+            path = self.path(name)
+            if path is not None and path.startswith(f"{module}."):
+                if path.rpartition(".")[0] != module:
+                    return None
+                found[path] = name
+        return found
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+class AdapterWriter:
+    """Takes deltas one at a time and writes them as one LoRA adapter, whole or not at all.
+
+    Args:
+        out: the adapter's folder, made when `finish` is called.
+        base: the model that the deltas are differences to.
+        rank: see `Rank`.
+        other: what to do with a changed tensor that no LoRA can hold (a norm, a bias): "refuse" with an error that
+            names all of them, "save" whole in the adapter (modules_to_save, bias), or "drop" and report.
+        dtype: what the factors are stored in; the reported errors include its rounding.
+        solver: see `low_rank_of`.
+        seed: of the randomised solver.
+        base_name: what `base_model_name_or_path` shall say; the base's path if left out.
+        task_type: PEFT's, such as CAUSAL_LM; told by the base's configuration if left out.
+        overwrite: replace what is at `out`.
+
+    Raises:
+        OutputExistsError: `out` is taken.
+    """
+
+    def __init__(
+        self,
+        out: "str | os.PathLike[str]",
+        base: TensorSource,
+        *,
+        rank: "Rank | str | int",
+        other: Other = "refuse",
+        dtype: "torch.dtype | str" = torch.float32,
+        solver: Solver = "auto",
+        seed: int = 0,
+        base_name: str | None = None,
+        task_type: str | None = None,
+        overwrite: bool = False,
+    ):
+        if other not in ("refuse", "save", "drop"):
+            raise UsageError(f"other: {other!r} is not refuse, save or drop.")
+        if solver not in ("auto", "exact", "randomised"):
+            raise UsageError(f"solver: {solver!r} is not auto, exact or randomised.")
+        self.out, self.base = Path(out), base
+        self.rank, self.other, self.solver, self.seed = Rank.parse(rank), other, solver, seed
+        self.dtype, self.overwrite = dtype_named(dtype), overwrite
+        path: Path | None = getattr(base, "path", None)
+        check_output(self.out, [path] if path is not None else [], overwrite=overwrite)
+        self.base_name = base_name if base_name is not None else (str(path) if path is not None else None)
+        self.task_type = task_type if task_type is not None else self._told_task_type()
+        self.live = _Live(base)
+        self.report = AdapterReport(self.out)
+        self._tensors: dict[str, Tensor] = {}
+        self._ranks: dict[str, int] = {}
+        self._in_out = False
+        self._whole: dict[str, Tensor] = {}
+        self._refused: list[str] = []
+        self._missed = self._total = 0.0
+
+    def _told_task_type(self) -> str | None:
+        config: Mapping[str, Any] = getattr(self.base, "config", None) or {}
+        kind = str((config.get("architectures") or [""])[0])
+        if kind.endswith(("ForCausalLM", "LMHeadModel")):
+            return "CAUSAL_LM"
+        return (
+            "SEQ_2_SEQ_LM" if kind.endswith("ForConditionalGeneration") and config.get("is_encoder_decoder") else None
+        )
+
+    def add(self, name: str, delta: Tensor | LowRank) -> None:
+        """Takes the delta of one tensor of the base; a delta of zero is left out.
+
+        Raises:
+            MismatchError: the base has no such tensor, or one of another shape.
+            NonFiniteError: it holds NaN or infinity.
+        """
+        if name not in self.base.infos:
+            raise MismatchError([f"{name}: not in {self.base.label}." + did_you_mean(name, self.base.infos)])
+        shape = self.base.infos[name].shape
+        if tuple(delta.shape) != shape:
+            raise MismatchError([f"{name}: the delta is {list(delta.shape)}, {self.base.label} has {list(shape)}"])
+        sites = self.live.sites(name)
+        if len(shape) < 2 or any(site.kind == "other" for site in sites):
+            self._add_other(name, delta.dense() if isinstance(delta, LowRank) else delta)
+            return
+        best = low_rank_of(delta, self.rank, name=name, solver=self.solver, seed=self.seed)
+        if best.rank == 0:
+            return
+        stored = LowRank(
+            rounded(best.left, self.dtype, where=name)[0], rounded(best.right, self.dtype, where=name)[0], best.shape
+        )
+        norm, error = _relative_error(delta, stored)
+        if norm == 0:
+            return
+        self._total += norm**2
+        self._missed += (norm * error) ** 2
+        self.report.kept.append(Kept(name, stored.rank, min(matrix_shape(shape)), norm, error))
+        for site in sites:
+            self._add_factors(site, stored)
+
+    def _add_factors(self, site: _Site, product: LowRank) -> None:
+        """PEFT computes B A for the output by input matrix; each kind of module lies its own way in that."""
+        key, left, right = f"base_model.model.{site.module}", product.left, product.right
+        self._ranks[site.module] = product.rank
+        if site.kind == "embedding":
+            self._tensors[f"{key}.lora_embedding_A"] = left.T.contiguous()
+            self._tensors[f"{key}.lora_embedding_B"] = right.T.contiguous()
+            return
+        if site.kind == "in out":
+            self._in_out = True
+            left, right = right.T, left.T
+        if site.kind == "convolution":
+            out, inner, *kernel = product.shape
+            left = left.reshape(out, product.rank, *(1 for _ in kernel))
+            right = right.reshape(product.rank, inner, *kernel)
+        self._tensors[f"{key}.lora_A.weight"] = right.contiguous()
+        self._tensors[f"{key}.lora_B.weight"] = left.contiguous()
+
+    def _add_other(self, name: str, delta: Tensor) -> None:
+        norm = float(torch.linalg.vector_norm(finite(delta, name, "the delta").double()))
+        if norm == 0:
+            return
+        self._total += norm**2
+        if self.other == "refuse":
+            self._refused.append(name)
+        elif self.other == "drop":
+            self._missed += norm**2
+            self.report.dropped.append(name)
+        else:
+            self._whole[name] = delta
+            self.report.saved.append(name)
+
+    def _save_whole(self) -> tuple[list[str], str]:
+        """Stores changed norms with their modules, changed biases by themselves; what modules_to_save and bias say."""
+        modules: dict[str, None] = {}
+        bias, impossible = "none", []
+        for name in self._whole:
+            path = self.live.path(name)
+            module, _, parameter = (path or "").rpartition(".")
+            others = self.live.tensors_of(module) if path is not None else None
+            if path is None or (parameter != "bias" and (not module or others is None or module in self._ranks)):
+                impossible.append(name)
+            elif parameter == "bias" and (
+                module in self._ranks or any(self._is_matrix(n) for n in (others or {}).values())
+            ):
+                lora = module in self._ranks
+                key = f"base_model.model.{module}.base_layer.bias" if lora else f"base_model.model.{path}"
+                self._tensors[key] = self._changed(name)
+                bias = "all" if bias == "all" or not lora else "lora_only"
+            else:
+                modules[module] = None
+                for tensor, held in (others or {path: name}).items():
+                    self._tensors[f"base_model.model.{tensor}"] = self._changed(held)
+        if impossible:
+            raise MismatchError(
+                impossible,
+                title="These changed tensors belong to no module that PEFT could save whole (leave them out with "
+                "other='drop', or write a checkpoint instead)",
+            )
+        return list(modules), bias
+
+    def _is_matrix(self, name: str) -> bool:
+        return len(self.base.infos[name].shape) > 1
+
+    def _changed(self, name: str) -> Tensor:
+        before = self.base.read(name)
+        if name not in self._whole:
+            return before.contiguous()
+        delta = self._whole[name]
+        return rounded(before.to(compute_dtype(before.dtype, delta.dtype)) + delta, before.dtype, where=name)[
+            0
+        ].contiguous()
+
+    def _targets(self) -> list[str]:
+        """`q_proj` where every module of that name is a target, else full paths."""
+        targets: dict[str, None] = {}
+        for module in self._ranks:
+            leaf = module.rpartition(".")[2]
+            targets[leaf if not leaf.isdigit() and self.live.alike(leaf) <= self._ranks.keys() else module] = None
+        return list(targets)
+
+    def finish(self) -> AdapterReport:
+        """Writes the adapter and moves it to `out`.
+
+        Raises:
+            MismatchError: tensors changed that no LoRA can hold; all of them are named.
+            OutputError: nothing changed, or the output cannot be written.
+        """
+        if self._refused:
+            raise MismatchError(
+                self._refused,
+                title=f"{len(self._refused)} tensors changed that LoRA cannot hold (norms, biases and the like). Save "
+                "them whole with other='save', leave them out with other='drop', or write a checkpoint instead",
+            )
+        saved, bias = self._save_whole()
+        if not self._tensors:
+            raise OutputError(f"{self.out}: nothing changed, so there is no adapter to write.")
+        common = Counter(self._ranks.values()).most_common(1)[0][0] if self._ranks else 1
+        patterns = {f"^{re.escape(module)}": rank for module, rank in self._ranks.items() if rank != common}
+        config = {
+            "peft_type": "LORA",
+            "task_type": self.task_type,
+            "base_model_name_or_path": self.base_name,
+            "inference_mode": True,
+            "r": common,
+            "lora_alpha": common,
+            "use_rslora": False,
+            "rank_pattern": patterns,
+            "alpha_pattern": patterns,
+            "target_modules": self._targets(),
+            "modules_to_save": saved or None,
+            "bias": bias,
+            "fan_in_fan_out": self._in_out,
+            "lora_dropout": 0.0,
+            "init_lora_weights": True,
+        }
+        self.report.error = math.sqrt(self._missed / self._total) if self._total else 0.0
+        self.report.parameters = sum(tensor.numel() for tensor in self._tensors.values())
+        self._publish(config)
+        return self.report
+
+    def _publish(self, config: Mapping[str, Any]) -> None:
+        from safetensors.torch import save_file
+
+        partial = self.out.with_name(f"{self.out.name}.partial-{os.getpid()}")
+        old = self.out.with_name(f"{self.out.name}.replaced-{os.getpid()}")
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            partial.mkdir()
+            save_file(self._tensors, partial / "adapter_model.safetensors", {"format": "pt"})
+            with open(partial / "adapter_model.safetensors", "rb") as file:
+                os.fsync(file.fileno())
+            write_durably(partial / "adapter_config.json", (json.dumps(config, indent=2) + "\n").encode())
+            if os.path.lexists(self.out):
+                if not self.overwrite:
+                    raise OutputExistsError(f"{self.out}: appeared while this run was writing. Refusing to replace it.")
+                self.out.rename(old)
+            partial.rename(self.out)
+        except OSError as error:
+            raise OutputError(f"{self.out}: cannot be written ({error.strerror}).") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        if old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old)
+        else:
+            old.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._tensors.clear()
+
+
+def write_adapter(
+    deltas: DeltaSource | TaskVector,
+    base: TensorSource,
+    out: "str | os.PathLike[str]",
+    *,
+    rank: "Rank | str | int" = "exact",
+    only: Sequence[str] = ("*",),
+    skip: Sequence[str] = (),
+    other: Other = "refuse",
+    dtype: "torch.dtype | str" = torch.float32,
+    solver: Solver = "auto",
+    seed: int = 0,
+    base_name: str | None = None,
+    task_type: str | None = None,
+    overwrite: bool = False,
+) -> AdapterReport:
+    """Writes differences to a base as a PEFT adapter, reading one tensor at a time.
+
+    A sum of LoRA adapters (`TaskVector` keeps it factored) is never made dense: `exact` puts the factors side by side,
+    a rank or an energy decomposes the factors alone.
+
+    Args:
+        deltas: the differences: a task vector, an adapter, any source of deltas.
+        base: the model they are differences to.
+        out: the adapter's folder.
+        rank: `rank=16`, `energy=0.95` or `exact`, see `Rank`.
+        only: shell-style patterns of the tensors to write.
+        skip: shell-style patterns of tensors to leave out; they count in the reported error.
+        other: see `AdapterWriter`, as all that follow.
+
+    Raises:
+        MismatchError: tensors changed that LoRA cannot hold and `other` is "refuse"; all of them are named.
+        OutputExistsError: `out` is taken.
+    """
+    from fnmatch import fnmatchcase
+
+    options = {"dtype": dtype, "solver": solver, "seed": seed, "base_name": base_name, "task_type": task_type}
+    with AdapterWriter(out, base, rank=rank, other=other, overwrite=overwrite, **options) as writer:  # type: ignore[arg-type]
+        names = [name for name in deltas.infos if name not in deltas.aliases]
+        # the small ones first, so that what LoRA cannot hold is found before the long work
+        for name in sorted(names, key=lambda name: len(deltas.infos[name].shape) > 1):
+            wanted = any(fnmatchcase(name, pattern) for pattern in only)
+            if wanted and not any(fnmatchcase(name, pattern) for pattern in skip):
+                product = deltas.low_rank(name)
+                writer.add(name, deltas.read(name) if product is None else product)
+        return writer.finish()
+
+
+def extract_lora(
+    base: TensorSource,
+    tuned: TensorSource,
+    out: "str | os.PathLike[str]",
+    *,
+    rank: "Rank | str | int",
+    only: Sequence[str] = ("*",),
+    skip: Sequence[str] = (),
+    other: Other = "refuse",
+    dtype: "torch.dtype | str" = torch.float32,
+    solver: Solver = "auto",
+    seed: int = 0,
+    base_name: str | None = None,
+    task_type: str | None = None,
+    overwrite: bool = False,
+) -> AdapterReport:
+    """The difference of two models as a LoRA adapter on the first. See `write_adapter`.
+
+    Raises:
+        MismatchError: the models do not fit together, or tensors changed that LoRA cannot hold.
+        OutputExistsError: `out` is taken.
+    """
+    path: Path | None = getattr(tuned, "path", None)
+    check_output(Path(out), [path] if path is not None else [], overwrite=overwrite)
+    return write_adapter(
+        TaskVector.between(base, tuned),
+        base,
+        out,
+        rank=rank,
+        only=only,
+        skip=skip,
+        other=other,
+        dtype=dtype,
+        solver=solver,
+        seed=seed,
+        base_name=base_name,
+        task_type=task_type,
+        overwrite=overwrite,
+    )
