@@ -9,12 +9,12 @@ from importlib import import_module
 from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import Field, TypeAdapter, ValidationError
+from torch import Tensor
 
 from taskvec.deltas import Deltas, Tile
 from taskvec.errors import ParameterError, UsageError, did_you_mean
 from taskvec.plan import Kernel, Plan
 from taskvec.sweep import Role, Scope, Stage, Unit
-from torch import Tensor
 
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Density = Share | list[Share]
@@ -26,6 +26,8 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+Patterns = tuple[str, ...]
+"""Shell-style patterns of tensor names; `*` also crosses dots."""
 
 Space = Literal["delta", "weight"]
 Needs = Literal["nothing", "statistics", "training"]
@@ -306,6 +308,7 @@ __all__ = [
     "NonNegative",
     "Number",
     "Parameter",
+    "Patterns",
     "Positive",
     "Seed",
     "Share",

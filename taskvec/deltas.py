@@ -112,10 +112,14 @@ def constant(weights: Sequence[float]) -> WeightsOf:
 
 
 class StackDeltas:
-    """Stacks in memory, name -> [task, *shape], on any device."""
+    """Stacks in memory, name -> [task, *shape], on any device; the base's values too, for methods that look at them."""
 
     def __init__(
-        self, stacks: Mapping[str, Tensor], tasks: Sequence[str] | None = None, weights: WeightsOf | None = None
+        self,
+        stacks: Mapping[str, Tensor],
+        tasks: Sequence[str] | None = None,
+        weights: WeightsOf | None = None,
+        base: Mapping[str, Tensor] | None = None,
     ):
         counts = {int(stack.shape[0]) if stack.ndim else 0 for stack in stacks.values()}
         if len(counts) != 1 or 0 in counts:
@@ -134,6 +138,12 @@ class StackDeltas:
             name: TensorInfo(tuple(stack.shape[1:]), compute_dtype(stack.dtype)) for name, stack in stacks.items()
         }
         self._weights = weights or constant([1.0] * count)
+        self._base: dict[str, Tensor] = {}
+        if base is not None:
+            odd = [name for name in stacks if name not in base or tuple(base[name].shape) != self.infos[name].shape]
+            if odd:
+                raise MismatchError([f"{name}: the base has no tensor of that name and shape" for name in odd])
+            self._base = {name: base[name].detach().reshape(-1) for name in stacks}
 
     @property
     def numel(self) -> int:
@@ -143,7 +153,8 @@ class StackDeltas:
         info = self.infos[name]
         stack = self._flat[name][:, start:stop].to(info.dtype)
         weights = self._weights(name, start, stop).to(stack.device)
-        return Tile(name, info.shape, start, stop, self.tasks, stack, None, weights)
+        base = self._base[name][start:stop].to(stack) if self._base else None
+        return Tile(name, info.shape, start, stop, self.tasks, stack, base, weights)
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,3 +104,15 @@ def gram_of(rows: Any) -> Tensor:
     """Inner products of rows that are in memory as a whole, float64."""
     wide = rows.reshape(len(rows), -1).double()
     return wide @ wide.T
+
+
+def l1_ratios(after: Callable[[Tile], Tensor]) -> SubPlan:
+    """For each task the L1 norm of its deltas over that of `after(tile)`, 1 where nothing is left. Passes: one."""
+
+    def sizes(tile: Tile) -> Tensor:
+        rows = torch.cat([tile.stack, after(tile)]).double().abs_()
+        return rows.sum(1)
+
+    found = (yield from sums(sizes)).tolist()
+    count = len(found) // 2
+    return [one / two if two else 1.0 for one, two in zip(found[:count], found[count:])]

@@ -1,10 +1,10 @@
 """Weighted averaging."""
 
-from taskvec.deltas import Deltas, Tile
-from taskvec.plan import Kernel
 from torch import Tensor
 
 from merging.method import merge_method
+from taskvec.deltas import Deltas, Tile
+from taskvec.plan import Kernel
 
 
 @merge_method("average", paper="arXiv:2203.05482", space="weight", passes=1)

@@ -1,21 +1,23 @@
 """Model breadcrumbs: drop the smallest and the largest entries."""
 
 import torch
-from taskvec.deltas import Deltas, Tile
-from taskvec.order import order_statistics
-from taskvec.plan import Plan
 from torch import Tensor
 
 from merging.method import Density, Fraction, merge_method, per_task
+from taskvec.deltas import Deltas, Tile
+from taskvec.moments import l1_ratios
+from taskvec.order import order_statistics
+from taskvec.plan import Plan
 
 
 @merge_method("breadcrumbs", paper="arXiv:2312.06795", role="preprocess", statistics="tensor", passes=2)
-def breadcrumbs(deltas: Deltas, *, density: Density = 0.9, gamma: Fraction = 0.01) -> Plan:
+def breadcrumbs(deltas: Deltas, *, density: Density = 0.9, gamma: Fraction = 0.01, rescale: bool = False) -> Plan:
     """Keep the middle of each task vector: neither its smallest entries nor its largest outliers.
 
     Args:
         density: fraction kept (1 - beta - gamma in the paper).
         gamma: fraction of largest entries dropped. The kept ones are the int(density * d) largest below those.
+        rescale: multiply what is kept so that the L1 norm stays (mergekit's `rescale`), one pass more.
 
     The paper masks layer by layer, so the default takes the statistics of each tensor. As `method: breadcrumbs` the
     task vectors are then added. Entries tied at either end are all kept.
@@ -30,12 +32,18 @@ def breadcrumbs(deltas: Deltas, *, density: Density = 0.9, gamma: Fraction = 0.0
         ranks.append([first, max(first, min(first + kept, numel - int(gamma * numel)) - 1)])
     found = yield from order_statistics(lambda tile: tile.stack.abs(), ranks, numel)
 
+    factors = [1.0] * len(deltas.tasks)
+
     def kernel(tile: Tile) -> Tensor:
         stack = torch.empty_like(tile.stack)
         for task, (low, high) in enumerate(found):
             row = tile.stack[task]
             size = row.abs()
             torch.mul(row, (size >= low.value) & (size <= high.value), out=stack[task])
+            if factors[task] != 1:
+                stack[task].mul_(factors[task])
         return stack
 
+    if rescale:
+        factors[:] = yield from l1_ratios(kernel)
     return kernel

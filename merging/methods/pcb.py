@@ -5,13 +5,13 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
+
+from merging.method import Share, merge_method
 from taskvec.deltas import Deltas, Tile
 from taskvec.moments import sums
 from taskvec.order import order_statistics
 from taskvec.plan import Fold, Kernel, Plan, Report
-from torch import Tensor
-
-from merging.method import Share, merge_method
 
 Clip = Annotated[float, Field(ge=0, lt=0.5)]
 _WIDE_FROM = 81  # exp(n) overflows float32 from n = 89 on

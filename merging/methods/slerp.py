@@ -2,12 +2,12 @@
 
 import math
 
-from taskvec.deltas import Deltas, Tile
-from taskvec.moments import gram
-from taskvec.plan import Plan
 from torch import Tensor
 
 from merging.method import Fraction, merge_method
+from taskvec.deltas import Deltas, Tile
+from taskvec.moments import gram
+from taskvec.plan import Plan
 
 
 @merge_method("slerp", paper="doi:10.1145/325334.325242", space="weight", statistics="tensor", tasks=(2, 2), passes=2)

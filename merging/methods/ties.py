@@ -1,12 +1,12 @@
 """TIES-Merging: trim, elect sign, merge."""
 
 import torch
-from taskvec.deltas import Deltas, Tile
-from taskvec.order import order_statistics
-from taskvec.plan import Plan, Report
 from torch import Tensor
 
 from merging.method import Density, merge_method, per_task
+from taskvec.deltas import Deltas, Tile
+from taskvec.order import order_statistics
+from taskvec.plan import Plan, Report
 
 
 @merge_method("ties", paper="arXiv:2306.01708", passes=2)

@@ -1,0 +1,46 @@
+"""Iso-C: one singular value for all directions of the sum."""
+
+from typing import Literal
+
+from torch import Tensor
+
+from merging.method import Patterns, merge_method, plain_mean
+from merging.spectra import RankWatch, is_weight_matrix, svd
+from taskvec.deltas import Deltas, Tile
+from taskvec.plan import Plan, Report
+
+
+@merge_method("iso_c", paper="arXiv:2502.04959", unit="tensor", cost="1 SVD per matrix")
+def iso_c(
+    deltas: Deltas,
+    *,
+    mean_over: Literal["rank", "full"] = "rank",
+    averaged: Patterns = ("*text_projection*",),
+) -> Plan:
+    """Flatten the spectrum of the summed task vectors: every direction gets the mean singular value.
+
+    Args:
+        mean_over: what the mean is over where the rank is low: the numerical rank, or all min(m, n) singular values
+            ("full", the paper's r), which makes the result shorter.
+        averaged: patterns of matrices that are averaged like all other tensors (the authors leave CLIP's
+            text_projection out; embeddings and position tables count as matrices).
+
+    Δ = Σ Δ_t = U Σ Vᵀ becomes σ̄ U Vᵀ. Tensors that are not matrices are averaged. `scale` is α, tuned in the paper
+    (about 1 to 1.5). A task weight scales its task vector.
+    Differs from the authors' code on input of low rank: directions in which the sum is zero up to rounding stay zero;
+    the reference puts energy into them, in arbitrary directions.
+    """
+    watch = RankWatch("only the directions within it are flattened")
+    yield Report(watch.facts)
+
+    def kernel(tile: Tile) -> Tensor:
+        if not is_weight_matrix(tile.name, tile.shape, averaged):
+            return plain_mean(tile)
+        total = tile.total()
+        found = watch.saw(tile.name, svd(total))
+        if found.rank == 0:
+            return total.zero_()
+        mean = found.values.sum() / (found.rank if mean_over == "rank" else found.full)
+        return (mean * (found.left @ found.right.T)).to(total.dtype)
+
+    return kernel

@@ -1,0 +1,63 @@
+"""Iso-CTS: a common subspace, task-specific ones beside it, one singular value for all."""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from merging.method import Patterns, merge_method, plain_mean, weighted
+from merging.spectra import RankWatch, is_weight_matrix, polar, svd
+from taskvec.deltas import Deltas, Tile
+from taskvec.plan import Plan, Report
+
+
+@merge_method("iso_cts", paper="arXiv:2502.04959", unit="tensor", cost="T + 3 SVDs per matrix")
+def iso_cts(
+    deltas: Deltas,
+    *,
+    common: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.8,
+    mean_over: Literal["rank", "full"] = "rank",
+    averaged: Patterns = ("*text_projection*",),
+) -> Plan:
+    """Keep the largest directions of the sum, replace the smallest by each task's own, and flatten the spectrum.
+
+    Args:
+        common: share of the min(m, n) directions that are common; the rest is divided among the tasks.
+        mean_over: what the mean singular value is over where ranks are low: those kept, or all ("full").
+        averaged: patterns of matrices that are averaged like all other tensors (the authors leave CLIP's
+            text_projection out; embeddings and position tables count as matrices).
+
+        mean_over: where ranks are low, what the mean singular value is over: those kept ("rank"), or all ("full").
+    from what the common ones leave of it, (I - U_k U_kᵀ) Δ_t. Side by side [Ū_1 … Ū_T, U_k] and [V̄_1 … V̄_T, V_k] are
+    whitened by their polar factors and meet with the mean singular value between them. Where s is 0 (many tasks) this
+    is Iso-C, with a warning. Other tensors are averaged; `scale` is α. A task weight scales its task vector.
+    Differs from the authors' code on input of low rank: no directions that are zero up to rounding are kept.
+    """
+    watch = RankWatch("only the directions within it are kept and flattened")
+    yield Report(watch.facts)
+
+    def kernel(tile: Tile) -> Tensor:
+        if not is_weight_matrix(tile.name, tile.shape, averaged):
+            return plain_mean(tile)
+        dtype, full, count = tile.stack.dtype, min(tile.shape), len(tile.tasks)
+        own = round((full - int(common * full)) / count)
+        own = min(own, full // count)
+        if own == 0:
+            watch.note(tile.name, "so many tasks leave no directions of their own: Iso-C is what remains")
+        total = watch.saw(tile.name, svd(tile.total())).top(full - own * count)
+        parts = []
+        for delta in weighted(tile) if own else ():
+            wide = delta.double()
+            size = float(torch.linalg.matrix_norm(wide))  # rounding is relative to the task vector, not to its rest
+            parts.append(svd(wide - total.left @ (total.left.T @ wide), dtype, size=size).top(own))
+        parts.append(total)
+        values = torch.cat([part.values for part in parts])
+        if not len(values):
+            return torch.zeros_like(tile.stack[0])
+        left = polar(torch.cat([part.left for part in parts], 1), dtype)
+        right = polar(torch.cat([part.right for part in parts], 1), dtype)
+        mean = values.sum() / (len(values) if mean_over == "rank" else full)
+        return (mean * (left @ right.T)).to(dtype)
+
+    return kernel

@@ -1,0 +1,24 @@
+"""The weighted average under the name that mergekit gives it."""
+
+from torch import Tensor
+
+from merging.method import merge_method, weighted_mean
+from taskvec.deltas import Deltas, Tile
+from taskvec.plan import Kernel
+
+
+@merge_method("linear", paper="arXiv:2203.05482", space="weight", passes=1)
+def linear(deltas: Deltas, *, normalize: bool = True) -> Kernel:
+    """Average the models' weights, each times its task weight (`average` under mergekit's name).
+
+    Args:
+        normalize: divide by the sum of the weights.
+
+    Raises:
+        ParameterError: the weights add up to zero and are to be normalised.
+    """
+
+    def kernel(tile: Tile) -> Tensor:
+        return weighted_mean(tile) if normalize else tile.total()
+
+    return kernel

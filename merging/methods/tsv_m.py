@@ -1,0 +1,45 @@
+"""TSV-M: merge task singular vectors after whitening them."""
+
+import torch
+from torch import Tensor
+
+from merging.method import Patterns, merge_method, plain_mean, weighted
+from merging.spectra import RankWatch, is_weight_matrix, polar, svd
+from taskvec.deltas import Deltas, Tile
+from taskvec.plan import Plan, Report
+
+
+@merge_method("tsv_m", paper="arXiv:2412.00081", unit="tensor", cost="T + 2 SVDs per matrix")
+def tsv_m(deltas: Deltas, *, averaged: Patterns = ("*text_projection*",)) -> Plan:
+    """Give each task its share of a matrix's rank, and take apart the directions on which tasks interfere.
+
+    Args:
+        averaged: patterns of matrices that are averaged like all other tensors (the authors leave CLIP's
+            text_projection out; embeddings count as matrices).
+
+    Of each task vector the k = ⌊r / T⌋ largest singular directions are kept, r = min(m, n). Side by side they are
+    whitened, each set by its polar factor P: Δ = P([U_1 … U_T]) diag(Σ_1 … Σ_T) P([V_1 … V_T])ᵀ. Tensors that are not
+    matrices are averaged. `scale` is α (1 in the paper). A task weight scales its task vector.
+    Differs from the authors' code on input of low rank: a task keeps no more directions than its numerical rank, where
+    the reference keeps arbitrary ones. With more tasks than r, each keeps one.
+    """
+    watch = RankWatch("each task keeps only its own directions, none of those that are zero up to rounding")
+    yield Report(watch.facts)
+
+    def kernel(tile: Tile) -> Tensor:
+        if not is_weight_matrix(tile.name, tile.shape, averaged):
+            return plain_mean(tile)
+        dtype, keep = tile.stack.dtype, max(1, min(tile.shape) // len(tile.tasks))
+        parts = []
+        for delta in weighted(tile):
+            part = svd(delta, dtype).top(keep)
+            if part.rank < keep:
+                watch.saw(tile.name, part)
+            parts.append(part)
+        watch.counted(tile.name)
+        values = torch.cat([part.values for part in parts])
+        left = polar(torch.cat([part.left for part in parts], 1), dtype)
+        right = polar(torch.cat([part.right for part in parts], 1), dtype)
+        return ((left * values) @ right.T).to(dtype)
+
+    return kernel
