@@ -19,9 +19,9 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from taskvec.adapter import Layouts, Names
 from taskvec.blocks import is_embedding
 from taskvec.errors import MismatchError, OutputError, OutputExistsError, UsageError, did_you_mean
+from taskvec.live_names import Layouts, Names
 from taskvec.lora import blocks, finite, matrix_shape
 from taskvec.precision import compute_dtype, dtype_named, rounded
 from taskvec.source import DeltaSource, LowRank, TensorSource, in_memory

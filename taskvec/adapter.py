@@ -5,13 +5,12 @@ computed here or refused by its name; a field nobody here knows is refused unles
 """
 
 import json
-import math
 import os
 import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +18,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from taskvec.blocks import is_embedding, is_head, layer_key, layer_of
+from taskvec.adapter_config import CONFIG, WEIGHTS, AdapterConfig, folder_of, is_adapter
+from taskvec.blocks import is_embedding, is_head
 from taskvec.errors import (
     CorruptFileError,
     MismatchError,
@@ -28,10 +28,10 @@ from taskvec.errors import (
     NotFoundError,
     SourceError,
     UnsafeFileError,
-    UnsupportedAdapterError,
     did_you_mean,
     shortened,
 )
+from taskvec.live_names import Layouts, Names
 from taskvec.lora import (
     Added,
     Change,
@@ -53,55 +53,7 @@ from taskvec.source import LowRank, TensorInfo, TensorSource
 
 __all__ = ["Adapter", "is_adapter", "summed"]
 
-CONFIG = "adapter_config.json"
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-
 Tied = Literal["refuse", "both"]
-
-# -- what the configuration may say ------------------------------------------------------------------------------------
-
-# fields that say where the adapter sits or how it was trained, but not what it computes
-_SILENT = {
-    *(
-        "auto_mapping",
-        "base_model_name_or_path",
-        "revision",
-        "task_type",
-        "inference_mode",
-        "peft_version",
-        "peft_type",
-    ),
-    *("lora_dropout", "layers_to_transform", "layers_pattern", "target_modules", "exclude_modules", "megatron_core"),
-    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config"),
-    # VeLoRA changes the backward pass only; unsloth writes a note of its own
-    *("init_ia3_weights", "velora_config", "unsloth_fixed"),
-}
-# fields that this module computes with
-_COMPUTED = {
-    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "modules_to_save", "bias"),
-    *("lora_bias", "use_dora", "trainable_token_indices", "target_parameters", "ensure_weight_tying"),
-    *("init_lora_weights", "layer_replication", "feedforward_modules"),
-}
-_REFUSED = {
-    "alora_invocation_tokens": "aLoRA acts only from its invocation tokens on, so it is not a change of weights.",
-    "arrow_config": "Arrow routes between adapters for each token, so it is not a change of weights.",
-    "use_qalora": "QALoRA pools the inputs by groups of a quantised layer, so it is not a change of these weights.",
-    "use_bdlora": "BD-LoRA stores its factors block-diagonally; convert it to plain LoRA with PEFT first.",
-    "monteclora_config": "Monte-CLoRA samples its factors at random, so it is not one change of weights.",
-    "kasa_config": "KaSA truncates the base's own weights when it is loaded, and no plain LoRA stands for that.",
-    "megatron_config": "The factors are laid out for Megatron's parallel layers; export it to plain PEFT first.",
-}
-# initialisations that leave the base as it is; MiCA freezes B, and its B is in the file
-_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "true", "false")
-_LOST_INITS = {
-    "corda": "CorDA moved a part of the base into the adapter that only the covariance data of its training tells.",
-    "lora_ga": "LoRA-GA moved a part of the base into the adapter that only the gradients of its training tell.",
-    "loftq": "LoftQ replaced the base by a quantised one; the change is against that base, not against this.",
-    "pissa_niter": "this PiSSA start was found by a randomised SVD, which cannot be drawn again.",
-}
-_SAVE_PLAIN = (
-    "Save it as plain LoRA with PEFT: `model.save_pretrained(out, path_initial_model_for_weight_conversion=...)`."
-)
 
 _LEAVES = {
     "lora_A.weight": "A",
@@ -117,14 +69,6 @@ _LEAVES = {
 _WRAPPERS = ("base_layer", "original_module", "modules_to_save", "token_adapter")
 _INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared", "tok_embeddings", "embed_in", "word_embedding")
 
-# names that transformers gives a module in memory and on disk, where they differ
-_RENAMED = (
-    (".mlp.", ".block_sparse_moe."),
-    ("model.language_model.", "language_model.model."),
-    ("model.vision_tower.", "vision_tower."),
-    ("model.multi_modal_projector.", "multi_modal_projector."),
-    ("model.visual.", "visual."),
-)
 # a fused expert parameter and the per-expert matrices that a checkpoint stores for it, in the order of its rows
 _FUSED = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
@@ -147,20 +91,7 @@ _DTYPES = {
 }
 
 
-def is_adapter(path: str | os.PathLike[str]) -> bool:
-    """Whether the path is a PEFT adapter: a folder with its configuration and weights, or one of these two files.
-
-    Looks at names only; nothing is read.
-    """
-    folder = _folder_of(Path(path))
-    return (folder / CONFIG).is_file() and any((folder / name).is_file() for name in WEIGHTS)
-
-
-def _folder_of(path: Path) -> Path:
-    return path.parent if path.name in (CONFIG, *WEIGHTS) else path
-
-
-# -- the two files -----------------------------------------------------------------------------------------------------
+# -- the weights -------------------------------------------------------------------------------------------------------
 
 
 class _Weights:
@@ -226,269 +157,6 @@ class _Weights:
         return finite(values, name, self.label)
 
 
-@dataclass(slots=True)
-class _Config:
-    """adapter_config.json, checked: after this, every field that matters is one that we compute."""
-
-    path: Path
-    values: dict[str, Any]
-
-    @classmethod
-    def read(cls, path: Path) -> "_Config":
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CorruptFileError(f"{path}: not valid JSON ({error}).") from None
-        if not isinstance(values, dict) or "peft_type" not in values:
-            raise NotAModelError(f"{path}: has no `peft_type`, so it is not the configuration of a PEFT adapter.")
-        config = cls(path, values)
-        config.check()
-        return config
-
-    def __getitem__(self, name: str) -> Any:
-        return self.values.get(name)
-
-    @property
-    def kind(self) -> str:
-        return str(self.values["peft_type"]).upper()
-
-    def refuse(self, name: str, reason: str) -> UnsupportedAdapterError:
-        return UnsupportedAdapterError(str(self.path.parent), name, reason)
-
-    def check(self) -> None:
-        if self.kind not in ("LORA", "IA3"):
-            raise self.refuse(
-                "peft_type",
-                f"{self.kind} is not LORA or IA3. If PEFT can merge it, do so (`merge_and_unload`) and use the result.",
-            )
-        for name, reason in _REFUSED.items():
-            if self[name] not in (None, False, [], {}):
-                raise self.refuse(name, reason)
-        self._check_init()
-        unknown = [name for name in self.values if name not in _SILENT | _COMPUTED | _REFUSED.keys()]
-        for name in unknown:
-            if self.values[name] not in (None, False, [], {}, "") and self.values[name] != self._default_of(name):
-                raise self.refuse(
-                    name,
-                    f"it is {self.values[name]!r}, and what it changes is not known here. If it changes nothing, "
-                    "remove it from adapter_config.json.",
-                )
-        for name in ("rank_pattern", "alpha_pattern"):
-            if not isinstance(self[name] or {}, dict):
-                raise self.refuse(name, f"expected a mapping from module pattern to number, found {self[name]!r}.")
-        if self.kind == "LORA":
-            for name in ("r", "lora_alpha"):
-                number = self[name]
-                if isinstance(number, bool) or not isinstance(number, (int, float)) or (name == "r" and number < 1):
-                    raise self.refuse(name, f"expected a number, found {number!r}.")
-            if (self["bias"] or "none") not in ("none", "all", "lora_only"):
-                raise self.refuse("bias", f"expected none, all or lora_only, found {self['bias']!r}.")
-
-    def _check_init(self) -> None:
-        init = str(self["init_lora_weights"]).lower()
-        for name, reason in _LOST_INITS.items():
-            if init.startswith(name):
-                raise self.refuse("init_lora_weights", f"{init}: {reason} {_SAVE_PLAIN}")
-        if init not in ("none", "pissa", "olora", *_PLAIN_INITS):
-            raise self.refuse(
-                "init_lora_weights", f"{init!r} is not known here; it may have changed the base. {_SAVE_PLAIN}"
-            )
-
-    def _default_of(self, name: str) -> Any:
-        """The default of a field that only the installed PEFT knows."""
-        from peft import IA3Config, LoraConfig
-
-        for known in fields(LoraConfig if self.kind == "LORA" else IA3Config):
-            if known.name == name:
-                return known.default
-        return None
-
-    @property
-    def mutated_init(self) -> str | None:
-        """`pissa` or `olora`: the base was changed when the adapter was made, by a part that can be computed again."""
-        init = str(self["init_lora_weights"]).lower()
-        return init if init in ("pissa", "olora") else None
-
-    def _by_pattern(self, patterns: str, default: str, key: str) -> float:
-        table: dict[str, float] = self[patterns] or {}
-        if not table:
-            return float(self[default])
-        from peft.utils.other import get_pattern_key
-
-        return float(table.get(get_pattern_key(tuple(table), key), self[default]))
-
-    def rank(self, key: str) -> int:
-        return int(self._by_pattern("rank_pattern", "r", key))
-
-    def scaling(self, key: str) -> float:
-        """Scaling: alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA (arXiv:2312.03732)."""
-        alpha, rank = self._by_pattern("alpha_pattern", "lora_alpha", key), self.rank(key)
-        return alpha / math.sqrt(rank) if self["use_rslora"] else alpha / rank
-
-    def is_feedforward(self, module: str) -> bool:
-        patterns = self["feedforward_modules"] or []
-        if isinstance(patterns, str):
-            return bool(re.fullmatch(patterns, module))
-        return any(module.endswith(pattern) for pattern in patterns)
-
-    def saves(self, module: str) -> bool:
-        """Whether `modules_to_save` names this module or one that holds it."""
-        return any(f".{name}." in f".{module}." for name in self["modules_to_save"] or [])
-
-    def token_indices(self, module: str) -> tuple[int, ...] | None:
-        indices = self["trainable_token_indices"]
-        if isinstance(indices, dict):
-            found = [rows for name, rows in indices.items() if module == name or module.endswith(f".{name}")]
-            if not found and len(indices) == 1:
-                found = list(indices.values())
-            return tuple(found[0]) if len(found) == 1 else None
-        return tuple(indices) if indices is not None else None
-
-
-# -- names -------------------------------------------------------------------------------------------------------------
-
-
-class Names:
-    """From a module's path in the live model to its name in the base.
-
-    The paths may differ by a prefix (a checkpoint saved without `transformer.`, or with `model.`), which is found
-    from all of the adapter's modules together, and by the few renamings that transformers makes between disk and
-    memory.
-    """
-
-    def __init__(self, base: TensorSource):
-        self.base = base
-        self.modules: set[str] = set()
-        for name in base.infos:
-            parts = name.split(".")
-            self.modules.update(".".join(parts[:length]) for length in range(1, len(parts)))
-        self.rule = ("", "")
-
-    def _spellings(self, path: str) -> Iterator[str]:
-        yield path
-        for memory, disk in _RENAMED:
-            for old, new in ((memory, disk), (disk, memory)):
-                if path.startswith(old) or (old.startswith(".") and old in path):
-                    yield path.replace(old, new, 1)
-
-    def _has(self, path: str) -> bool:
-        return path in self.modules or path in self.base.infos
-
-    def _ruled(self, path: str, rule: tuple[str, str]) -> str | None:
-        strip, add = rule
-        if strip and not path.startswith(f"{strip}."):
-            return None
-        bare = path[len(strip) + 1 :] if strip else path
-        return f"{add}.{bare}" if add else bare
-
-    def find(self, path: str) -> str | None:
-        """The base's name for a module or parameter of the live model, or None."""
-        for spelling in self._spellings(path):
-            if self._has(spelling):
-                return spelling
-        for spelling in self._spellings(path):
-            ruled = self._ruled(spelling, self.rule)
-            if ruled is not None and self._has(ruled):
-                return ruled
-        return None
-
-    def learn(self, paths: Sequence[str]) -> None:
-        """Finds the one prefix that makes most of the paths fit the base.
-
-        Raises:
-            SourceError: two prefixes fit equally well (an adapter of one tower on a model of two).
-        """
-        missing = [path for path in paths if self.find(path) is None]
-        if not missing:
-            return
-        rules: set[tuple[str, str]] = set()
-        known = self.modules | set(self.base.infos)
-        for path in missing[:4] + missing[-4:]:
-            for spelling in self._spellings(path):
-                parts = spelling.split(".")
-                for cut in range(min(4, len(parts))):
-                    strip, bare = ".".join(parts[:cut]), ".".join(parts[cut:])
-                    # a bare last part (`dense`, `weight`) fits anywhere and says nothing
-                    if len(parts) - cut < min(2, len(parts)):
-                        continue
-                    for name in known:
-                        if name == bare:
-                            rules.add((strip, ""))
-                        elif name.endswith(f".{bare}") and name[: -len(bare) - 1].count(".") < 3:
-                            rules.add((strip, name[: -len(bare) - 1]))
-
-        def fits(rule: tuple[str, str]) -> int:
-            ruled = [self._ruled(spelling, rule) for path in missing for spelling in self._spellings(path)]
-            return sum(path is not None and self._has(path) for path in ruled)
-
-        def length(rule: tuple[str, str]) -> int:
-            return sum(part.count(".") + 1 for part in rule if part)
-
-        ranked = sorted(((-fits(rule), length(rule), rule) for rule in rules), key=lambda entry: entry)
-        ranked = [entry for entry in ranked if entry[0]]
-        if not ranked:
-            return
-        best = [rule for count, size, rule in ranked if (count, size) == ranked[0][:2]]
-        if len(best) > 1:
-            ways = " or ".join(f"{strip or '(nothing)'} → {add or '(nothing)'}" for strip, add in best)
-            raise SourceError(
-                f"The adapter's module {missing[0]} fits {self.base.label} in more than one way (prefix {ways}). Open "
-                "the adapter over the part of the model that it was trained on."
-            )
-        self.rule = best[0]
-
-    def nearest(self, path: str) -> str:
-        """`nearest: a, b` among the base's names, judged by their last parts first."""
-        from difflib import get_close_matches
-
-        names = {".".join(reversed(name.split("."))): name for name in self.base.infos}
-        close = get_close_matches(".".join(reversed(path.split("."))), names, n=2, cutoff=0.5)
-        return f"; nearest in the base: {', '.join(names[name] for name in close)}" if close else ""
-
-
-class Layouts:
-    """Whether the base stores a module's matrix as [in, out] (GPT-2's Conv1D), where its shape does not tell.
-
-    PEFT goes by the type of the live module; a checkpoint has no types, but its biases tell: in a matrix that is not
-    square, the bias has as many entries as there are outputs. Modules of one layer are of one type.
-    """
-
-    def __init__(self, base: TensorSource):
-        self.base = base
-        self.votes: dict[str, set[bool]] = {}
-        for name, info in base.infos.items():
-            bias = base.infos.get(name.removesuffix("weight") + "bias") if name.endswith(".weight") else None
-            if bias is None or len(info.shape) != 2 or info.shape[0] == info.shape[1] or is_embedding(name):
-                continue
-            if bias.shape in ((info.shape[0],), (info.shape[1],)):
-                self.votes.setdefault(layer_key(name), set()).add(bias.shape == (info.shape[1],))
-
-    def _votes(self, name: str) -> set[bool]:
-        own = self.votes.get(layer_key(name), set())
-        # a layer without biases is of the type of the others; a head outside the layers need not be
-        return own if own or layer_of(name) is None else own.union(*self.votes.values())
-
-    def stored_in_out(self, name: str) -> bool:
-        """Whether the matrix `name` is stored as [in, out], as far as the base's names and shapes tell."""
-        shape, bias = self.base.infos[name].shape, self.base.infos.get(f"{name.removesuffix('weight')}bias")
-        if bias is not None and shape[0] != shape[1]:
-            return bias.shape == (shape[1],)
-        return self._votes(name) == {True}
-
-    def in_out(self, name: str, config: _Config) -> bool:
-        """Whether the square matrix `name` is stored as [in, out], as PEFT would have found."""
-        votes = self._votes(name)
-        if len(votes) == 1:
-            return next(iter(votes))
-        if votes:
-            raise config.refuse(
-                "fan_in_fan_out",
-                f"{name} is square and its layer stores matrices both as [out, in] and as [in, out], so its "
-                "orientation cannot be told. Merge it with PEFT (`merge_and_unload`) and use the result.",
-            )
-        return bool(config["fan_in_fan_out"])
-
-
 # -- opening -----------------------------------------------------------------------------------------------------------
 
 
@@ -496,7 +164,7 @@ class Layouts:
 class _Opening:
     """Goes through the adapter's keys once and says what each does to which tensor of the base."""
 
-    config: _Config
+    config: AdapterConfig
     weights: _Weights
     base: TensorSource
     tied: Tied
@@ -788,6 +456,19 @@ class _Opening:
         wide = compute_dtype(dtype, self.base.infos[name].dtype, self.weights.infos[leaves["magnitude"]].dtype)
         self._add(module, Dora(name, shape, wide, product, self._reader(leaves["magnitude"]), per_column, self.base))
 
+    def _stored_in_out(self, name: str) -> bool:
+        """Whether a square matrix is stored as [in, out], as PEFT finds from the live module's type."""
+        votes = self.layouts.votes_on(name)
+        if len(votes) == 1:
+            return next(iter(votes))
+        if votes:
+            raise self.config.refuse(
+                "fan_in_fan_out",
+                f"{name} is square and its layer stores matrices both as [out, in] and as [in, out], so its "
+                "orientation cannot be told. Merge it with PEFT (`merge_and_unload`) and use the result.",
+            )
+        return bool(self.config["fan_in_fan_out"])
+
     def _shape_problem(self, key: str, name: str, *, hint: str = "") -> None:
         have, base = list(self.weights.infos[key].shape), list(self.base.infos[name].shape)
         self._problem("do not fit the base's shapes", f"{key} is {have}, {name} is {base}{hint}")
@@ -819,7 +500,7 @@ class _Opening:
             if embedding and shape_b[0] == shape[1]:
                 hint = f" (a vocabulary of {shape_a[1]} tokens against {shape[0]})"
             elif not embedding and straight and transposed:
-                return "transposed" if self.layouts.in_out(name, self.config) else "straight"
+                return "transposed" if self._stored_in_out(name) else "straight"
             elif not embedding and (straight or transposed):
                 return "straight" if straight else "transposed"
         have = f"A {list(shape_a)} and B {list(shape_b)}"
@@ -875,7 +556,7 @@ class _Opening:
             fits_straight = count == shape[1 if feedforward else 0]
             fits_flipped = count == shape[0 if feedforward else 1]
             if fits_straight and fits_flipped:
-                flipped = self.layouts.in_out(name, self.config)
+                flipped = self._stored_in_out(name)
             elif fits_straight or fits_flipped:
                 flipped = fits_flipped
             else:
@@ -1137,7 +818,7 @@ class Adapter:
         self,
         label: str,
         path: Path,
-        config: _Config,
+        config: AdapterConfig,
         weights: _Weights,
         base: TensorSource,
         changes: Mapping[str, Change],
@@ -1189,7 +870,7 @@ class Adapter:
             raise ValueError(f"tied: expected 'refuse' or 'both', got {tied!r}")
         folder = _located(path, revision)
         label = str(path)
-        config = _Config.read(folder / CONFIG)
+        config = AdapterConfig.read(folder / CONFIG)
         weights = _Weights(next(folder / name for name in WEIGHTS if (folder / name).is_file()), label)
         opening = _Opening(config, weights, base, tied, label, tuple(skip))
         changes = opening.run()
@@ -1221,12 +902,12 @@ class Adapter:
             MissingTensorError: the adapter does not change this tensor.
             NonFiniteError: the adapter holds NaN or infinity, or makes them.
         """
-        change = self._changes.get(name)
-        pieces = [self._rows(name, *piece) for piece in blocks(change.shape)] if change else []
         self._made_ready(name)
-        if not pieces:
-            return torch.empty(self.infos[name].shape, dtype=self.infos[name].dtype)
-        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).reshape(self.infos[name].shape)
+        info = self.infos[name]
+        whole = torch.empty(matrix_shape(info.shape), dtype=info.dtype)
+        for start, stop in blocks(info.shape):
+            whole[start:stop] = self._rows(name, start, stop)
+        return whole.reshape(info.shape)
 
     def read_flat(self, name: str, start: int, stop: int) -> Tensor:
         """Elements `start` to `stop` of the delta in row-major order: the same bits as the slice of `read`."""
@@ -1291,7 +972,7 @@ class Adapter:
 
 
 def _located(path: str | os.PathLike[str], revision: str | None) -> Path:
-    folder = _folder_of(Path(path))
+    folder = folder_of(Path(path))
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         folder = _from_hub(str(path), revision)
     if not folder.is_dir():

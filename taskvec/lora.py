@@ -328,6 +328,9 @@ def finite(values: Tensor, tensor: str, source: str) -> Tensor:
     Raises:
         NonFiniteError: it holds NaN or infinity.
     """
+    # a sum is finite only if all its terms are, and costs a fifth of looking at each
+    if values.dtype in (torch.float32, torch.float64) and bool(torch.isfinite(values.sum())):
+        return values
     bad = int((~torch.isfinite(values)).sum())
     if bad:
         raise NonFiniteError(tensor, source, bad)
