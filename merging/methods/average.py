@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from merging.method import merge_method
+from merging.method import merge_method, weighted_mean
 from taskvec.deltas import Deltas, Tile
 from taskvec.plan import Kernel
 
@@ -19,10 +19,6 @@ def average(deltas: Deltas, *, normalize: bool = True) -> Kernel:
     """
 
     def kernel(tile: Tile) -> Tensor:
-        total = tile.total()
-        if not normalize:
-            return total
-        weights = tile.weights.double().sum(0)
-        return total.div_(float(weights) if weights.ndim == 0 else weights.to(total).view_as(total))
+        return weighted_mean(tile) if normalize else tile.total()
 
     return kernel

@@ -28,10 +28,10 @@ def iso_cts(
         averaged: patterns of matrices that are averaged like all other tensors (the authors leave CLIP's
             text_projection out; embeddings and position tables count as matrices).
 
-        mean_over: where ranks are low, what the mean singular value is over: those kept ("rank"), or all ("full").
-    from what the common ones leave of it, (I - U_k U_kᵀ) Δ_t. Side by side [Ū_1 … Ū_T, U_k] and [V̄_1 … V̄_T, V_k] are
-    whitened by their polar factors and meet with the mean singular value between them. Where s is 0 (many tasks) this
-    is Iso-C, with a warning. Other tensors are averaged; `scale` is α. A task weight scales its task vector.
+    s = round((r - ⌊common · r⌋) / T) directions for each task, k = r - s T common ones, U_k of the sum. Each task's
+    come from what the common ones leave of it, (I - U_k U_kᵀ) Δ_t. Side by side [Ū_1 … Ū_T, U_k] and [V̄_1 … V̄_T, V_k]
+    are whitened by their polar factors and meet with the mean singular value between them. Where s is 0 (many tasks)
+    this is Iso-C, with a warning. Other tensors are averaged; `scale` is α. A task weight scales its task vector.
     Differs from the authors' code on input of low rank: no directions that are zero up to rounding are kept.
     """
     watch = RankWatch("only the directions within it are kept and flattened")
