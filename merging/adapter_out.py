@@ -9,9 +9,11 @@ import math
 import os
 import re
 import shutil
+import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -19,12 +21,25 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
+from merging.prepare import Prepared, prepare
+from merging.recipe import Recipe, value_at
+from taskvec.adapter import Adapter
 from taskvec.blocks import is_embedding
-from taskvec.errors import MismatchError, OutputError, OutputExistsError, UsageError, did_you_mean
+from taskvec.deltas import Tile
+from taskvec.errors import (
+    MismatchError,
+    OutputError,
+    OutputExistsError,
+    RecipeError,
+    UsageError,
+    did_you_mean,
+    shortened,
+)
 from taskvec.live_names import Layouts, Names
-from taskvec.lora import blocks, finite, matrix_shape
+from taskvec.lora import blocks, finite, matrix_shape, summed
 from taskvec.precision import compute_dtype, dtype_named, rounded
-from taskvec.source import DeltaSource, LowRank, TensorSource, in_memory
+from taskvec.source import DeltaSource, LowRank, TensorInfo, TensorSource, in_memory
+from taskvec.sweep import Options, Progress, sweep
 from taskvec.vector import TaskVector
 from taskvec.writer import check_output, write_durably
 
@@ -413,7 +428,9 @@ class AdapterWriter:
         self._in_out = False
         self._whole: dict[str, Tensor] = {}
         self._refused: list[str] = []
-        self._missed = self._total = 0.0
+        self._norms: dict[str, tuple[float, float]] = {}  # of each delta, and of what is missed of it
+        self._pieces: dict[str, tuple[Tensor, int]] = {}
+        self._lock = threading.Lock()
 
     def _told_task_type(self) -> str | None:
         config: Mapping[str, Any] = getattr(self.base, "config", None) or {}
@@ -449,8 +466,7 @@ class AdapterWriter:
         norm, error = _relative_error(delta, stored)
         if norm == 0:
             return
-        self._total += norm**2
-        self._missed += (norm * error) ** 2
+        self._norms[name] = (norm, norm * error)
         self.report.kept.append(Kept(name, stored.rank, min(matrix_shape(shape)), norm, error))
         for site in sites:
             self._add_factors(site, stored)
@@ -477,11 +493,10 @@ class AdapterWriter:
         norm = float(torch.linalg.vector_norm(finite(delta, name, "the delta").double()))
         if norm == 0:
             return
-        self._total += norm**2
+        self._norms[name] = (norm, norm if self.other == "drop" else 0.0)
         if self.other == "refuse":
             self._refused.append(name)
         elif self.other == "drop":
-            self._missed += norm**2
             self.report.dropped.append(name)
         else:
             self._whole[name] = delta
@@ -491,7 +506,7 @@ class AdapterWriter:
         """Stores changed norms with their modules, changed biases by themselves; what modules_to_save and bias say."""
         modules: dict[str, None] = {}
         bias, impossible = "none", []
-        for name in self._whole:
+        for name in self._in_order(self._whole):
             path = self.live.path(name)
             module, _, parameter = (path or "").rpartition(".")
             others = self.live.tensors_of(module) if path is not None else None
@@ -531,13 +546,36 @@ class AdapterWriter:
     def _targets(self) -> list[str]:
         """`q_proj` where every module of that name is a target, else full paths."""
         targets: dict[str, None] = {}
-        for module in self._ranks:
+        for module in sorted(self._ranks):
             leaf = module.rpartition(".")[2]
             targets[leaf if not leaf.isdigit() and self.live.alike(leaf) <= self._ranks.keys() else module] = None
         return list(targets)
 
-    def finish(self) -> AdapterReport:
+    def take(self, name: str, start: int, piece: Tensor) -> None:
+        """Takes a piece of a delta, in any order and from any thread; a delta is factored when it is whole.
+
+        Args:
+            name: the tensor of the base.
+            start: first element of the piece in row-major order.
+            piece: the elements.
+        """
+        numel = self.base.infos[name].numel
+        with self._lock:
+            if name not in self._pieces:
+                self._pieces[name] = (torch.empty(numel, dtype=compute_dtype(piece.dtype)), 0)
+            whole, filled = self._pieces[name]
+            whole[start : start + piece.numel()] = piece.reshape(-1)
+            self._pieces[name] = (whole, filled + piece.numel())
+            if filled + piece.numel() < numel:
+                return
+            del self._pieces[name]
+        self.add(name, whole.reshape(self.base.infos[name].shape))
+
+    def finish(self, files: Callable[[AdapterReport], Mapping[str, str]] = lambda _: {}) -> AdapterReport:
         """Writes the adapter and moves it to `out`.
+
+        Args:
+            files: makes further text files to put beside it from the report, name to content.
 
         Raises:
             MismatchError: tensors changed that no LoRA can hold; all of them are named.
@@ -545,15 +583,18 @@ class AdapterWriter:
         """
         if self._refused:
             raise MismatchError(
-                self._refused,
+                self._in_order(self._refused),
                 title=f"{len(self._refused)} tensors changed that LoRA cannot hold (norms, biases and the like). Save "
                 "them whole with other='save', leave them out with other='drop', or write a checkpoint instead",
             )
+        if self._pieces:
+            raise OutputError(f"{self.out}: the deltas of {shortened(sorted(self._pieces))} are not whole.")
         saved, bias = self._save_whole()
         if not self._tensors:
             raise OutputError(f"{self.out}: nothing changed, so there is no adapter to write.")
-        common = Counter(self._ranks.values()).most_common(1)[0][0] if self._ranks else 1
-        patterns = {f"^{re.escape(module)}": rank for module, rank in self._ranks.items() if rank != common}
+        counts = Counter(self._ranks.values())
+        common = max(counts, key=lambda rank: (counts[rank], rank), default=1)
+        patterns = {f"^{re.escape(module)}": rank for module, rank in sorted(self._ranks.items()) if rank != common}
         config = {
             "peft_type": "LORA",
             "task_type": self.task_type,
@@ -571,12 +612,21 @@ class AdapterWriter:
             "lora_dropout": 0.0,
             "init_lora_weights": True,
         }
-        self.report.error = math.sqrt(self._missed / self._total) if self._total else 0.0
+        total, missed = (math.fsum(norms[part] ** 2 for norms in self._norms.values()) for part in (0, 1))
+        self.report.error = math.sqrt(missed / total) if total else 0.0
         self.report.parameters = sum(tensor.numel() for tensor in self._tensors.values())
-        self._publish(config)
+        # the order in which deltas came is that of threads; what is written does not depend on it
+        kept = {entry.name: entry for entry in self.report.kept}
+        self.report.kept = [kept[name] for name in self._in_order(kept)]
+        self.report.saved, self.report.dropped = self._in_order(self.report.saved), self._in_order(self.report.dropped)
+        self._publish(config, files(self.report))
         return self.report
 
-    def _publish(self, config: Mapping[str, Any]) -> None:
+    def _in_order(self, names: Iterable[str]) -> list[str]:
+        found = set(names)
+        return [name for name in self.base.infos if name in found]
+
+    def _publish(self, config: Mapping[str, Any], files: Mapping[str, str]) -> None:
         from safetensors.torch import save_file
 
         partial = self.out.with_name(f"{self.out.name}.partial-{os.getpid()}")
@@ -584,10 +634,12 @@ class AdapterWriter:
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             partial.mkdir()
-            save_file(self._tensors, partial / "adapter_model.safetensors", {"format": "pt"})
+            save_file(dict(sorted(self._tensors.items())), partial / "adapter_model.safetensors", {"format": "pt"})
             with open(partial / "adapter_model.safetensors", "rb") as file:
                 os.fsync(file.fileno())
             write_durably(partial / "adapter_config.json", (json.dumps(config, indent=2) + "\n").encode())
+            for name, content in files.items():
+                write_durably(partial / name, content.encode())
             if os.path.lexists(self.out):
                 if not self.overwrite:
                     raise OutputExistsError(f"{self.out}: appeared while this run was writing. Refusing to replace it.")
@@ -638,25 +690,29 @@ def write_adapter(
         out: the adapter's folder.
         rank: `rank=16`, `energy=0.95` or `exact`, see `Rank`.
         only: shell-style patterns of the tensors to write.
-        skip: shell-style patterns of tensors to leave out; they count in the reported error.
+        skip: shell-style patterns of tensors to leave out.
         other: see `AdapterWriter`, as all that follow.
 
     Raises:
         MismatchError: tensors changed that LoRA cannot hold and `other` is "refuse"; all of them are named.
         OutputExistsError: `out` is taken.
     """
-    from fnmatch import fnmatchcase
-
     options = {"dtype": dtype, "solver": solver, "seed": seed, "base_name": base_name, "task_type": task_type}
     with AdapterWriter(out, base, rank=rank, other=other, overwrite=overwrite, **options) as writer:  # type: ignore[arg-type]
-        names = [name for name in deltas.infos if name not in deltas.aliases]
-        # the small ones first, so that what LoRA cannot hold is found before the long work
-        for name in sorted(names, key=lambda name: len(deltas.infos[name].shape) > 1):
-            wanted = any(fnmatchcase(name, pattern) for pattern in only)
-            if wanted and not any(fnmatchcase(name, pattern) for pattern in skip):
-                product = deltas.low_rank(name)
-                writer.add(name, deltas.read(name) if product is None else product)
+        _add_all(writer, deltas, only, skip)
         return writer.finish()
+
+
+def _add_all(
+    writer: AdapterWriter, deltas: DeltaSource | TaskVector, only: Sequence[str] = ("*",), skip: Sequence[str] = ()
+) -> None:
+    names = [name for name in deltas.infos if name not in deltas.aliases]
+    # the small ones first, so that what LoRA cannot hold is found before the long work
+    for name in sorted(names, key=lambda name: len(deltas.infos[name].shape) > 1):
+        wanted = any(fnmatchcase(name, pattern) for pattern in only)
+        if wanted and not any(fnmatchcase(name, pattern) for pattern in skip):
+            product = deltas.low_rank(name)
+            writer.add(name, deltas.read(name) if product is None else product)
 
 
 def extract_lora(
@@ -698,3 +754,147 @@ def extract_lora(
         task_type=task_type,
         overwrite=overwrite,
     )
+
+
+# -- a recipe's result as an adapter -----------------------------------------------------------------------------------
+
+
+class _WeightedSum:
+    """The merged delta of a linear method over adapters, kept factored: sum of weight * scale * left @ right."""
+
+    def __init__(self, prepared: Prepared):
+        self.prepared = prepared
+        self.label = " + ".join(task.name for task in prepared.tasks)
+        self.aliases: Mapping[str, str] = {}
+        self.infos: Mapping[str, TensorInfo] = {
+            name: prepared.deltas.infos[name]
+            for name in prepared.merged
+            if any(name in task.source.infos for task in prepared.tasks)
+        }
+
+    def _parts(self, name: str) -> list[tuple[Tensor, DeltaSource]]:
+        """The number (or one for each element) that multiplies each task's delta."""
+        prepared = self.prepared
+        weights = prepared.weights(name, 0, self.infos[name].numel).double()
+        if prepared.method.space == "weight" or prepared.parameters.get("normalize"):
+            weights = weights / weights.sum(0)
+        else:
+            weights = weights * float(value_at(prepared.recipe.scale, name, prepared.depth))
+        pairs = zip(weights, prepared.tasks)
+        return [(w, task.source) for w, task in pairs if name in task.source.infos]  # type: ignore[misc]
+
+    def low_rank(self, name: str) -> LowRank | None:
+        parts = self._parts(name)
+        if any(weight.numel() > 1 for weight, _ in parts):
+            return None
+        products = [source.low_rank(name) for _, source in parts]
+        whole = [product for product in products if product is not None]
+        return summed(whole, [float(weight) for weight, _ in parts]) if len(whole) == len(parts) else None
+
+    def read(self, name: str) -> Tensor:
+        info = self.infos[name]
+        total = torch.zeros(info.shape, dtype=info.dtype)
+        for weight, source in self._parts(name):
+            total += source.read(name).to(info.dtype) * weight.to(info.dtype).reshape(info.shape if weight.ndim else ())
+        return total
+
+    def read_flat(self, name: str, start: int, stop: int) -> Tensor:
+        return self.read(name).reshape(-1)[start:stop]
+
+
+def _linear_in_adapters(prepared: Prepared) -> bool:
+    """Whether the merged delta is a weighted sum of the tasks' deltas, and these may be products."""
+    recipe, kind = prepared.recipe, prepared.method
+    plain = not recipe.preprocess and not recipe.postprocess and prepared.masks is None
+    if not plain or not all(task.is_delta and hasattr(task.source, "low_rank") for task in prepared.tasks):
+        return False
+    if kind.name == "task_arithmetic":
+        return not prepared.parameters.get("normalize") or recipe.scale == 1.0
+    return kind.name in ("average", "linear") and bool(prepared.parameters.get("normalize", True))
+
+
+def merge_to_adapter(
+    recipe: Recipe,
+    out: "str | os.PathLike[str]",
+    *,
+    rank: "Rank | str | int" = "exact",
+    other: Other = "refuse",
+    dtype: "torch.dtype | str" = torch.float32,
+    solver: Solver = "auto",
+    base_name: str | None = None,
+    task_type: str | None = None,
+    overwrite: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    notice: Callable[[str], None] = lambda _: None,
+) -> AdapterReport:
+    """Carries out a recipe and writes the merged delta as a PEFT adapter on its base.
+
+    A weighted sum of adapters (task arithmetic, average, linear) stays factored from end to end. Any other method, or
+    any whole model among the tasks, is merged tensor by tensor, and each merged delta is decomposed when it is whole.
+
+    Args:
+        recipe: what to merge, and how; it must name a base.
+        out: the adapter's folder. It appears whole or not at all.
+        rank, other, dtype, solver, base_name, task_type, overwrite: see `AdapterWriter`.
+        progress: called now and then, from several threads.
+        notice: called with messages for people.
+
+    Raises:
+        RecipeError: everything that headers can tell is wrong, at once.
+        MismatchError: tensors changed that LoRA cannot hold and `other` is "refuse"; all of them are named.
+        OutputError: the output cannot be written.
+    """
+    kept = Rank.parse(rank)
+    if recipe.base is None:
+        raise RecipeError("base: an adapter is a change to a base; name it")
+    if recipe.resize or recipe.exclude:
+        raise RecipeError("resize, exclude: they change the base, and an adapter leaves its base as it is")
+    prepared = prepare(recipe, out, overwrite=overwrite)
+    for warning in prepared.warnings:
+        notice(f"warning: {warning}")
+    with AdapterWriter(
+        out,
+        prepared.base,
+        rank=kept,
+        other=other,
+        dtype=dtype,
+        solver=solver,
+        seed=recipe.seed,
+        base_name=base_name if base_name is not None else recipe.base,
+        task_type=task_type,
+        overwrite=overwrite,
+    ) as writer:
+        if _linear_in_adapters(prepared):
+            _add_all(writer, _WeightedSum(prepared))
+        else:
+            options = prepared.options()
+            sweep(
+                prepared.deltas,
+                prepared.stages(),
+                lambda tile: _take(prepared, writer, tile),
+                scope=prepared.scope,
+                options=Options(options.memory, options.workers, options.device, options.tile, progress),
+            )
+        facts = {
+            "format": "taskvec.adapter",
+            "version": 1,
+            "recipe": recipe.data(),
+            "method": {"name": prepared.method.name, "parameters": prepared.parameters, "statistics": prepared.scope},
+            "rank": str(rank),
+            "inputs": [
+                {"name": task.name, "path": task.source.label}
+                | ({"content_hash": task.source.content_hash()} if isinstance(task.source, Adapter) else {})
+                for task in prepared.tasks
+            ],
+        }
+        return writer.finish(lambda report: {"taskvec.json": json.dumps(facts | report.as_dict(), indent=2) + "\n"})
+
+
+def _take(prepared: Prepared, writer: AdapterWriter, tile: Tile) -> None:
+    values = tile.merged
+    assert values is not None
+    if prepared.method.space == "weight":
+        assert tile.base is not None
+        values = values.reshape(-1) - tile.base.reshape(-1)
+    if tile.name not in prepared.base.aliases:
+        writer.take(tile.name, tile.start, values)

@@ -9,7 +9,8 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
-from merging.adapter_out import AdapterWriter, Rank, extract_lora, low_rank_of, write_adapter
+from merging import Recipe, merge
+from merging.adapter_out import AdapterWriter, Rank, extract_lora, low_rank_of, merge_to_adapter, write_adapter
 from taskvec.adapter import Adapter
 from taskvec.checkpoint import Checkpoint
 from taskvec.errors import MismatchError, NonFiniteError, OutputError, OutputExistsError, UsageError
@@ -211,7 +212,7 @@ def test_only_and_skip_choose_by_pattern(llama, tmp_path):
     report = extract_lora(base, tuned, tmp_path / "out", rank=2, only=["*proj*"], skip=["*.1.*"])
     assert [kept.name for kept in report.kept] == [f"model.layers.0.self_attn.{x}_proj.weight" for x in "qo"]
     targets = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["target_modules"]
-    assert targets == ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.o_proj"]
+    assert targets == ["model.layers.0.self_attn.o_proj", "model.layers.0.self_attn.q_proj"]
 
 
 def test_the_randomised_solver_is_near_the_best_and_repeats_itself():
@@ -298,3 +299,97 @@ def test_deltas_that_do_not_belong_to_the_base(llama, tmp_path):
         with pytest.raises(NonFiniteError, match=r"lm_head\.weight"):
             writer.add("lm_head.weight", torch.full((61, 32), float("nan")))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def zoo(llama, adapters, tmp_path):
+    """The base on disk, three adapters and a whole fine-tuned model."""
+    llama.save_pretrained(tmp_path / "base")
+    noisy(llama, ["v_proj", "gate_proj"], rank=2).save_pretrained(tmp_path / "tuned")
+    return {
+        "base": str(tmp_path / "base"),
+        "tuned": str(tmp_path / "tuned"),
+        "adapters": [str(path) for path in adapters],
+    }
+
+
+RECIPES = {
+    "task_arithmetic": {"scale": 0.7, "weights": [1.0, -2.0, {"*q_proj*": 0.5, "default": 1.5}]},
+    "task_arithmetic of a mean": {
+        "method": "task_arithmetic",
+        "parameters": {"normalize": True},
+        "weights": [1.0, 2.0, 1.0],
+    },
+    "average": {"weights": [1.0, 2.0, 3.0]},
+    "ties": {"parameters": {"density": 0.5}},
+    "with a whole model": {"method": "task_arithmetic", "tuned": True},
+    "with a preprocess": {"method": "task_arithmetic", "preprocess": [{"method": "magnitude", "density": 0.3}]},
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_as_an_adapter_is_the_same_merge_as_a_checkpoint(zoo, tmp_path, name):
+    values = dict(RECIPES[name])
+    paths = [*zoo["adapters"], *([zoo["tuned"]] if values.pop("tuned", False) else [])]
+    weights = values.pop("weights", [1.0] * len(paths))
+    tasks = [{"path": path, "weight": weight} for path, weight in zip(paths, weights)]
+    recipe = Recipe.from_data({"base": zoo["base"], "method": name, "tasks": tasks} | values)
+    report = merge_to_adapter(recipe, tmp_path / "adapter")
+    merge(recipe, tmp_path / "merged")
+    base, merged = Checkpoint.open(zoo["base"]), Checkpoint.open(tmp_path / "merged")
+    written = Adapter.open(tmp_path / "adapter", base)
+    assert {kept.name for kept in report.kept} == set(written.infos)
+    for tensor in base.infos:
+        delta = merged.read(tensor) - base.read(tensor)
+        found = written.read(tensor) if tensor in written.infos else torch.zeros_like(delta)
+        torch.testing.assert_close(found, delta, atol=2e-5, rtol=1e-4)
+    facts = json.loads((tmp_path / "adapter" / "taskvec.json").read_text())
+    assert facts["recipe"]["method"] == recipe.method
+    assert facts["error"] == report.error
+    assert "content_hash" in facts["inputs"][0]
+
+
+def test_a_linear_recipe_over_adapters_never_makes_a_delta_dense(zoo, tmp_path, monkeypatch):
+    def dense(self, name, *rest):
+        raise AssertionError(f"{name} was made dense")
+
+    tasks = [{"path": path, "weight": 0.5} for path in zoo["adapters"]]
+    recipe = Recipe.from_data({"base": zoo["base"], "method": "task_arithmetic", "tasks": tasks})
+    monkeypatch.setattr(Adapter, "read", dense)
+    monkeypatch.setattr(Adapter, "read_flat", dense)
+    report = merge_to_adapter(recipe, tmp_path / "adapter")
+    assert report.error == 0
+    assert sum(kept.rank for kept in report.kept) == 2 * (2 + 3) + 2 * 2 + 2 * 5 + 2 * 4 + 4 + 4
+
+
+def test_a_recipe_that_leaves_no_base_for_an_adapter(zoo, tmp_path):
+    from taskvec.errors import RecipeError
+
+    tasks = [{"path": zoo["tuned"]}, {"path": zoo["base"]}]
+    with pytest.raises(RecipeError, match="an adapter is a change to a base"):
+        merge_to_adapter(Recipe.from_data({"method": "average", "tasks": tasks}), tmp_path / "out")
+    recipe = Recipe.from_data({"base": zoo["base"], "method": "average", "tasks": tasks[:1], "exclude": ["lm_head*"]})
+    with pytest.raises(RecipeError, match="an adapter leaves its base as it is"):
+        merge_to_adapter(recipe, tmp_path / "out")
+
+
+def test_what_is_written_does_not_depend_on_threads(zoo, tmp_path):
+    files = []
+    for workers in (1, 3):
+        recipe = Recipe.from_data(
+            {
+                "base": zoo["base"],
+                "method": "ties",
+                "tasks": zoo["adapters"],
+                "workers": workers,
+                "parameters": {"density": 0.5},
+            }
+        )
+        merge_to_adapter(recipe, tmp_path / f"out{workers}", rank=3)
+        files.append(
+            [
+                (tmp_path / f"out{workers}" / name).read_bytes()
+                for name in ("adapter_model.safetensors", "adapter_config.json")
+            ]
+        )
+    assert files[0] == files[1]
