@@ -13,7 +13,7 @@ from torch import Tensor
 
 from taskvec.deltas import Deltas, Tile
 from taskvec.errors import ParameterError, UsageError, did_you_mean
-from taskvec.plan import Kernel, Plan
+from taskvec.plan import Kernel, Plan, formula
 from taskvec.sweep import Role, Scope, Stage, Unit
 
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
@@ -28,6 +28,8 @@ Seed = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Patterns = tuple[str, ...]
 """Shell-style patterns of tensor names; `*` also crosses dots."""
+Files = tuple[str, ...]
+"""Paths, one for each task."""
 
 Space = Literal["delta", "weight"]
 Needs = Literal["nothing", "statistics", "training"]
@@ -255,6 +257,7 @@ def per_task(value: "float | Sequence[float]", count: int) -> list[float]:
     return [float(value)] * count
 
 
+@formula("weighted sum")
 def weighted_sum(tile: Tile) -> Any:
     """Task arithmetic's kernel: the weighted sum of the deltas, in task order."""
     return tile.total()
@@ -302,6 +305,7 @@ __all__ = [
     "Count",
     "Deltas",
     "Density",
+    "Files",
     "Fraction",
     "Iterator",
     "MergeMethod",

@@ -6,8 +6,8 @@ from torch import Tensor
 from merging.method import Density, merge_method, per_task
 from taskvec.deltas import Deltas, Tile
 from taskvec.moments import l1_ratios
-from taskvec.order import order_statistics
-from taskvec.plan import Plan, Report
+from taskvec.order import magnitudes, order_statistics
+from taskvec.plan import Plan, Report, formula
 
 
 @merge_method("magnitude", paper="arXiv:1506.02626", role="preprocess", passes=2)
@@ -22,7 +22,7 @@ def magnitude(deltas: Deltas, *, density: Density = 0.2, rescale: bool = False) 
     """
     numel = deltas.numel
     ranks = [[numel - max(1, int(share * numel))] for share in per_task(density, len(deltas.tasks))]
-    found = yield from order_statistics(lambda tile: tile.stack.abs(), ranks, numel)
+    found = yield from order_statistics(magnitudes, ranks, numel)
     thresholds = [row[0].value for row in found]
     kept = [(numel - row[0].below) / numel for row in found]
     yield Report({"threshold": dict(zip(deltas.tasks, thresholds)), "kept": dict(zip(deltas.tasks, kept))})
@@ -40,4 +40,5 @@ def magnitude(deltas: Deltas, *, density: Density = 0.2, rescale: bool = False) 
 
     if rescale:
         factors[:] = yield from l1_ratios(kernel)
-    return kernel
+        return kernel
+    return formula("trim", thresholds=thresholds)(kernel)

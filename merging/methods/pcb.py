@@ -10,8 +10,8 @@ from torch import Tensor
 from merging.method import Share, merge_method
 from taskvec.deltas import Deltas, Tile
 from taskvec.moments import sums
-from taskvec.order import order_statistics
-from taskvec.plan import Fold, Kernel, Plan, Report
+from taskvec.order import magnitudes, order_statistics
+from taskvec.plan import Fold, Kernel, Plan, Report, formula
 
 Clip = Annotated[float, Field(ge=0, lt=0.5)]
 _WIDE_FROM = 81  # exp(n) overflows float32 from n = 89 on
@@ -54,8 +54,8 @@ def pcb(
     count, numel = len(deltas.tasks), deltas.numel
     ends = (clip, clip) if isinstance(clip, float | int) else clip
     ranks = [int(numel * ends[0]), int(numel * (1 - ends[1]) - 1), numel - 1]
-    magnitudes = yield from order_statistics(lambda tile: tile.stack.abs(), [ranks] * count, numel)
-    low, high, largest = ([row[k].value for row in magnitudes] for k in range(3))
+    sizes = yield from order_statistics(magnitudes, [ranks] * count, numel)
+    low, high, largest = ([row[k].value for row in sizes] for k in range(3))
     warnings = []
     for task, name in enumerate(deltas.tasks):
         if largest[task] == 0:
@@ -100,6 +100,9 @@ def pcb(
                 torch.mul(u.square_().mul_(count).exp_(), agreement, out=result[i])
         return result
 
+    plain = inter == "sum" and boost == 1.0 and count < _WIDE_FROM
+    if plain:
+        formula("pcb score", low=low, high=high)(scores)
     best = [int(numel * (1 - density)), numel - 1]
     found = yield from order_statistics(scores, [best] * count, numel)
     cut, top = [row[0].value for row in found], [row[1].value for row in found]
@@ -129,6 +132,11 @@ def pcb(
         parts = [clipped(tile.stack[i], i).mul_(weights[i]) for i in range(count)]
         return _mean(tile, parts, weights, contributions)
 
+    keeps = [largest[i] > 0 and top[i] > cut[i] for i in range(count)]
+    if plain and all(keeps[i] or largest[i] == 0 or top[i] <= 0 for i in range(count)):
+        kept = sum(_kept(row, largest[i], numel) for i, row in enumerate(found))
+        name = "pcb parts" if contributions else "pcb"
+        formula(name, low=low, high=high, cut=cut, top=top, keeps=keeps, kept=kept)(kernel)
     return kernel
 
 

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from merging.method import Density, merge_method, per_task
 from taskvec.deltas import Deltas, Tile
-from taskvec.order import order_statistics
-from taskvec.plan import Plan, Report
+from taskvec.order import magnitudes, order_statistics
+from taskvec.plan import Plan, Report, formula
 
 
 @merge_method("ties", paper="arXiv:2306.01708", passes=2)
@@ -27,11 +27,12 @@ def ties(deltas: Deltas, *, density: Density = 0.2, normalize: bool = True) -> P
     ranks = [[numel - max(1, int(share * numel))] for share in densities]
     thresholds = [0.0] * len(ranks)
     if any(share < 1 for share in densities):
-        found = yield from order_statistics(lambda tile: tile.stack.abs(), ranks, numel)
+        found = yield from order_statistics(magnitudes, ranks, numel)
         thresholds = [row[0].value for row in found]
         kept = [(numel - row[0].below) / numel for row in found]
         yield Report({"threshold": dict(zip(deltas.tasks, thresholds)), "kept": dict(zip(deltas.tasks, kept))})
 
+    @formula("ties", thresholds=thresholds, normalize=normalize)
     def kernel(tile: Tile) -> Tensor:
         stack = torch.empty_like(tile.stack)
         for task, threshold in enumerate(thresholds):
