@@ -21,7 +21,7 @@ from taskvec.precision import dtype_name
 from taskvec.source import InMemory, TensorInfo, TensorSource, in_memory
 
 if TYPE_CHECKING:
-    from merging.edits.check import Report
+    from merging.edits.report import Report
 
 FORMAT = "taskvec-edits"
 RECORD = "edits.safetensors"
@@ -217,8 +217,8 @@ class Edit:
         return not self.patches
 
     def check(self, model: nn.Module, tokenizer: Any = None, **options: Any) -> "Report":
-        """Checks this edit alone on its base `model`; see `merging.edits.check.check`."""
-        from merging.edits.check import check
+        """Checks this edit alone on its base `model`; see `merging.edits.report.check`."""
+        from merging.edits.report import check
 
         return check(model, [self], tokenizer, **options)
 
@@ -423,6 +423,7 @@ class EditedSource:
                     f"{source.label}: not the base of these edits (content hash {found[:12]}…, the edits were made from "
                     f"{edits[0].base_hash[:12]}…). An edit fits one set of weights; make it again on this checkpoint."
                 )
+        self._last: tuple[str, Tensor] | None = None
         self._patches: dict[str, list[Patch]] = {}
         for edit in edits:
             for patch in edit.patches:
@@ -473,7 +474,10 @@ class EditedSource:
         untouched = name not in self._patches and name not in self._added
         if untouched and self.infos[name] == self.source.infos[name]:
             return self.source.read_flat(name, start, stop)
-        return self.read(name).reshape(-1)[start:stop]
+        # a writer asks for one tensor piece by piece; the last one is kept so that it is edited once
+        if self._last is None or self._last[0] != name:
+            self._last = (name, self.read(name).reshape(-1))
+        return self._last[1][start:stop]
 
     @property
     def config(self) -> dict[str, Any]:
@@ -580,8 +584,155 @@ def edited(model: nn.Module, edits: Sequence[Edit]) -> Iterator[nn.Module]:
         undo_on_model(model, edits)
 
 
-def open_source(path: "str | PathLike[str] | Mapping[str, Tensor] | nn.Module") -> Checkpoint | InMemory:
-    return Checkpoint.open(path)
+# -- on disk -----------------------------------------------------------------------------------------------------------
+
+
+def record_of(checkpoint: str | PathLike[str]) -> list[Edit]:
+    """The edits that a checkpoint's folder carries; none if it carries no record."""
+    record = Path(checkpoint) / RECORD
+    return load_edits(record) if record.is_file() else []
+
+
+def apply_edits(
+    checkpoint: str | PathLike[str],
+    edits: Sequence[Edit] | str | PathLike[str],
+    out: str | PathLike[str],
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Writes a checkpoint with edits in it, streamed: one tensor in memory at a time.
+
+    Args:
+        checkpoint: the base, or one that carries edits of the same base already.
+        edits: edits, or the path of a file of them.
+        out: a new folder. It carries its edits in `edits.safetensors`, so that they can be listed and undone.
+        overwrite: replace `out`.
+
+    Raises:
+        BaseMismatchError: the edits were made from another base.
+        EditError: they conflict, among themselves or with those the checkpoint carries, or none changes anything.
+    """
+    chosen = load_edits(edits) if isinstance(edits, str | PathLike) else list(edits)
+    source = Checkpoint.open(checkpoint)
+    present = record_of(checkpoint)
+    active = [edit for edit in chosen if not edit.changes_nothing]
+    if not active:
+        raise EditError("None of the edits changes anything; there is nothing to write.")
+    base: TensorSource = source
+    if present and {edit.base_hash for edit in present} == {edit.base_hash for edit in active}:
+        # made beside those that are in there already: compose from the base
+        check_compatible([*present, *active])
+        base = EditedSource(source, present, undo=True)
+        return _write(source, EditedSource(base, [*present, *active]), [*present, *chosen], out, overwrite)
+    return _write(source, EditedSource(base, active), [*present, *chosen], out, overwrite)
+
+
+def undo_edits(
+    checkpoint: str | PathLike[str],
+    out: str | PathLike[str],
+    which: Sequence[int | str] | None = None,
+    *,
+    edits: Sequence[Edit] | str | PathLike[str] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Writes a checkpoint without (some of) its edits, streamed. What is undone gets its old bytes back.
+
+    Args:
+        checkpoint: an edited checkpoint.
+        out: a new folder.
+        which: indices or prompts; None undoes all.
+        edits: the edits that were applied, if the checkpoint does not carry them itself.
+        overwrite: replace `out`.
+
+    Raises:
+        EditError: no such edit, or one that later edits build upon.
+        BaseMismatchError: the places no longer hold what the edit wrote.
+    """
+    present = record_of(checkpoint)
+    if edits is not None:
+        present = load_edits(edits) if isinstance(edits, str | PathLike) else list(edits)
+    if not present:
+        raise EditError(f"{checkpoint}: carries no edits, and no file of edits was given.")
+    chosen = present if which is None else [_find(present, one) for one in which]
+    remaining = [edit for edit in present if not any(edit is other for other in chosen)]
+    generations = list(dict.fromkeys(edit.base_hash for edit in present))
+    last = {edit.base_hash for edit in chosen if not edit.changes_nothing}
+    later = [e for e in remaining for h in last if generations.index(e.base_hash) > generations.index(h)]
+    if later:
+        raise EditError(
+            f"The edit for {later[0].prompt!r} was made on top of those to be undone; undo it first (or all at once)."
+        )
+    source = Checkpoint.open(checkpoint)
+    current: TensorSource = source
+    for generation in reversed(generations):
+        group = [e for e in chosen if e.base_hash == generation and not e.changes_nothing]
+        if group:
+            left = [e for e in remaining if e.base_hash == generation]
+            current = EditedSource(current, group, undo=True, narrow=check_narrows(group, left))
+    return _write(source, current, remaining, out, overwrite)
+
+
+def _find(edits: Sequence[Edit], which: int | str) -> Edit:
+    if isinstance(which, int) or which.isdigit():
+        if 0 <= int(which) < len(edits):
+            return edits[int(which)]
+        raise EditError(f"edit {which}: there are edits 0 to {len(edits) - 1}.")
+    found = [edit for edit in edits if edit.prompt == which]
+    if not found:
+        raise EditError(f"No edit for the prompt {which!r}. Known: {problems_of(edits)}.")
+    return found[0]
+
+
+class _AllTensors:
+    """A source whose tied tensors are written as they are stored, so that undoing gives back every byte."""
+
+    def __init__(self, source: TensorSource):
+        self._source = source
+        self.label, self.infos = source.label, source.infos
+        self.aliases: Mapping[str, str] = {}
+
+    def read(self, name: str) -> Tensor:
+        return self._source.read(name)
+
+    def read_flat(self, name: str, start: int, stop: int) -> Tensor:
+        return self._source.read_flat(name, start, stop)
+
+
+def _write(
+    source: Checkpoint | InMemory,
+    edited: TensorSource,
+    record: Sequence[Edit],
+    out: str | PathLike[str],
+    overwrite: bool,
+) -> Path:
+    from taskvec.writer import check_output, write
+
+    inputs = [source.path] if isinstance(source, Checkpoint) else []
+    check_output(Path(out), inputs, overwrite=overwrite)
+    companions = getattr(source, "companions", ())
+    files: dict[str, str | bytes] = {}
+    config = getattr(edited, "config", None)
+    if config and config != getattr(source, "config", None):
+        files["config.json"] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    if record:
+        files[RECORD] = _as_bytes(record)
+    metadata = getattr(source, "metadata", None) or {"format": "pt"}
+    return write(
+        _AllTensors(edited),
+        out,
+        metadata=metadata,
+        companions=companions,
+        files=files,
+        overwrite=overwrite,
+    )
+
+
+def _as_bytes(edits: Sequence[Edit]) -> bytes:
+    from tempfile import TemporaryDirectory
+
+    with TemporaryDirectory() as folder:
+        save_edits(edits, Path(folder) / RECORD)
+        return (Path(folder) / RECORD).read_bytes()
 
 
 def problems_of(edits: Iterable[Edit]) -> str:

@@ -20,6 +20,8 @@ THETA = 0.005
 RESPONSE = 50.0
 """Pre-activation that a detector has at its trigger (Δ in the paper)."""
 
+_CUT = 0.05  # share of a row's action that may be lost to a dtype's range
+
 Vector = Annotated[Tensor, "d"]
 Features = Annotated[Tensor, "n d"]
 
@@ -357,10 +359,13 @@ def calibrated(detector: Detector, trigger: Vector, dtype: torch.dtype, *, withi
     largest = torch.finfo(dtype).max
     bias = None if detector.bias is None else detector.bias.to(dtype).double()
     wanted = detector.response - (0.0 if bias is None else float(bias))
-    row = detector.row * (wanted / float(detector.row @ x))
-    if bool((row.abs() > largest).any()) or (bias is not None and not bool(torch.isfinite(bias))):
+    # where the norm's weight is tiny a row has huge entries on inputs of next to nothing; those few are cut to what fits
+    row = detector.row.clamp(-0.99 * largest, 0.99 * largest)
+    lost = float(((detector.row - row) * x).abs().sum() / (detector.row * x).abs().sum())
+    row = (row * (wanted / float(row @ x))).clamp(-largest, largest)
+    if lost > _CUT or (bias is not None and not bool(torch.isfinite(bias))):
         raise EditError(
-            f"The detector does not fit {dtype_name(dtype)}: entries up to {float(row.abs().max()):.3g}, largest "
+            f"The detector does not fit {dtype_name(dtype)}: entries up to {float(detector.row.abs().max()):.3g}, largest "
             f"{largest:g}. Take a larger theta, a smaller response, another layer, or a jet-pack (kept in float32)."
         )
     stored = row.to(dtype)

@@ -62,6 +62,7 @@ class JetPack:
         residuals: [n, d], wanted change of the MLP output there.
         entries: one for each edit, in the order of the rows.
         plateau: the hidden values stop growing at `response`, which they reach half-way into the cone.
+        active: an attached block that is not active adds nothing.
         renormalise: divide by |φ(x) − c| (the authors' default).
     """
 
@@ -96,6 +97,7 @@ class JetPack:
         self.entries, self.skipped = list(entries), list(skipped)
         self.theta, self.response, self.plateau = theta, response, plateau
         self.renormalise, self.compat, self.base_hash, self.dtype = renormalise, compat, base_hash, dtype
+        self.active = True
         self._handles: list[Any] = []
         self._build()
 
@@ -143,7 +145,7 @@ class JetPack:
         else:
             self._check_distinct(responses)
             self.W2 = torch.linalg.solve(responses, self.residuals.double()).T if len(z) else self.residuals.double().T
-        self._device_copies: dict[torch.device, tuple[Tensor, ...]] = {}
+        self._copies: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor, Tensor, Tensor, Sphere]] = {}
 
     def _check_distinct(self, responses: Annotated[Tensor, "n n"]) -> None:
         if not len(responses):
@@ -175,14 +177,28 @@ class JetPack:
     def __call__(self, features: Annotated[Tensor, "... d"]) -> Annotated[Tensor, "... d"]:
         """What the block adds to the MLP's output at these MLP inputs; computed in at least float32."""
         x = features if features.dtype == torch.float64 else features.float()
-        key = x.device if x.dtype == torch.float32 else None
-        if key is not None and key not in self._device_copies:
-            self._device_copies[key] = tuple(t.to(key, torch.float32) for t in (self.W1, self.b1, self.W2))
-        W1, b1, W2 = (self.W1, self.b1, self.W2) if key is None else self._device_copies[key]
-        values = torch.relu(self.directions(x) @ W1.T + b1)
+        W1, b1, W2, centroid, sphere = self._on(x)
+        points = sphere.project(x) - centroid
+        if self.renormalise:
+            points = points / points.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        values = torch.relu(points @ W1.T + b1)
         if self.plateau:
             values = values.clamp_max(self.response)
         return values @ W2.T
+
+    def _on(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Sphere]:
+        """The block's tensors in x's dtype and on its device, copied there once."""
+        key = (x.device, x.dtype)
+        if key not in self._copies:
+            shift = self.sphere.shift
+            self._copies[key] = (
+                self.W1.to(x),
+                self.b1.to(x),
+                self.W2.to(x),
+                self.centroid.to(x),
+                Sphere(self.sphere.scale.to(x), None if shift is None else shift.to(x), self.sphere.own_length),
+            )
+        return self._copies[key]
 
     def rates(self, features: Annotated[Tensor, "n d"]) -> tuple[Annotated[Tensor, "edit"], float]:
         """Share of features on which each row fires, and on which any does."""
@@ -212,6 +228,7 @@ class JetPack:
         theta: float | None = None,
         response: float = RESPONSE,
         plateau: bool | None = None,
+        to_fold: bool = False,
         protect: Sequence[Text] = (),
         optimisation: Optimisation | None = None,
         chat: bool = False,
@@ -228,6 +245,7 @@ class JetPack:
             theta: half-width of the centred cone; None chooses from the feature noise of the dtype.
             response: ReLU output at a trigger.
             plateau: hidden values level off half-way into the cone, so feature noise has no effect. None: in 16-bit dtypes.
+            to_fold: choose a theta at which folded neurons work in the model's dtype, too (they are stored in it).
             protect: prompts on which no detector may fire.
             optimisation, chat, progress: as for `edit_widen`.
 
@@ -245,9 +263,12 @@ class JetPack:
         centroid = Background.of(site, chunks).centroid(site.sphere)
         half = site.dtype in (torch.float16, torch.bfloat16)
         if theta is None:
-            theta = stealth.chosen_theta(
-                stealth.feature_noise(site, [s.prompt for p in plans for s in p.sequences], centroid)
-            )
+            prompts = [s.prompt for p in plans for s in p.sequences]
+            rounding = 0.0
+            if to_fold:
+                triggers = [stealth.features_of(site, [prompt])[0][-1] for prompt in prompts]
+                rounding = stealth.arithmetic_noise(triggers, site.sphere, site.dtype, centroid)
+            theta = stealth.chosen_theta(stealth.feature_noise(site, prompts, centroid), rounding)
         pack = cls(
             site.layer,
             Sphere(
@@ -449,12 +470,11 @@ class JetPack:
                 f"The jet-pack is {self.sphere.width} wide, layer {self.layer} is {site.width} wide."
             )
         if site.sphere.own_length != self.sphere.own_length or not torch.allclose(
-            site.sphere.scale.cpu(), self.sphere.scale.float(), rtol=1e-2, atol=1e-3
+            site.sphere.scale.cpu(), self.sphere.scale.float().cpu(), rtol=1e-2, atol=1e-3
         ):
             raise BaseMismatchError(
                 f"The norm before the MLP of layer {self.layer} is not the one this jet-pack was made behind: another base."
             )
-        self.sphere = Sphere(site.sphere.scale, site.sphere.shift, site.sphere.own_length)
         given: list[Tensor] = []
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -462,6 +482,9 @@ class JetPack:
 
         def after(_: nn.Module, __: Any, output: Any) -> Any:
             whole = output[0] if isinstance(output, tuple) else output
+            if not self.active:
+                given.clear()
+                return output
             added = whole + self(given.pop()).to(whole.dtype).reshape(whole.shape)
             return (added, *output[1:]) if isinstance(output, tuple) else added
 

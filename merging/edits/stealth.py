@@ -348,9 +348,35 @@ def feature_noise(site: Site, prompts: Sequence[Sequence[int]], centroid: Tensor
     return float((1 - torch.nn.functional.cosine_similarity(a, b, dim=-1)).max().clamp_min(0))
 
 
-def chosen_theta(noise: float) -> float:
-    """The smallest usual theta that is well above the noise of the features."""
-    return next((theta for theta in THETAS if theta >= _NOISE_MARGIN * noise), THETAS[-1])
+def chosen_theta(noise: float, arithmetic: float = 0.0) -> float:
+    """The smallest usual theta that is well above what rounding does to a detector.
+
+    Args:
+        noise: movement of features (1 − cosine) between alone and batched; theta is ten times above it.
+        arithmetic: largest rounding error of the pre-activation, in cosine; theta is four times above it, so that half of a
+            plateau's ramp is twice the error.
+    """
+    needed = _NOISE_MARGIN * noise + 4 * arithmetic
+    return next((theta for theta in THETAS if theta >= needed), THETAS[-1])
+
+
+def arithmetic_noise(
+    features: Sequence[Annotated[Tensor, "d"]], sphere: Sphere, dtype: torch.dtype, centroid: Tensor | None
+) -> float:
+    """Rounding error of a detector's pre-activation, in units of its cosine.
+
+    A linear layer may round w·x, which is about −b, to the storage dtype before it adds b. That is half a step of the
+    format at |b|, and |b| is about Δ/θ: 2⁻⁸ of the cosine in bfloat16, more for the tangent of a centred cone.
+    """
+    largest = 0.0
+    for feature in features:
+        if centroid is None:
+            made = affine_detector(feature, sphere, theta=0.01, response=1.0)
+        else:
+            made = tangent_detector(feature, sphere, centroid, theta=0.01, response=1.0)
+        assert made.bias is not None
+        largest = max(largest, abs(float(made.bias)) * 0.01)
+    return largest * torch.finfo(dtype).eps / 2
 
 
 # -- making edits --------------------------------------------------------------------------------------------------------
@@ -582,7 +608,7 @@ def chosen_layer(model: nn.Module, chunks: Sequence[Sequence[int]], theta: float
             continue
         found = Background.of(site, chunks[:64])
         points = site.sphere.project(found.features[~found.first])[:2000]
-        value = float(intrinsic_dimension(points - points.mean(dim=0), [theta]).dimension[0])
+        value = float(intrinsic_dimension(points, [theta], centre=True, renormalise=True).dimension[0])
         if best is None or value > best[0]:
             best = (value, index)
     if best is None:
@@ -625,7 +651,11 @@ class _Session:
             self.centroid = self.background.centroid(site.sphere)
         prompts = [s.prompt for plan in plans for s in plan.sequences]
         self.noise = feature_noise(site, prompts, self.centroid) if half or theta is None else 0.0
-        self.theta = chosen_theta(self.noise) if theta is None else theta
+        arithmetic = 0.0
+        if biased and theta is None:
+            triggers = [features_of(site, [prompt])[0][-1] for prompt in prompts]
+            arithmetic = arithmetic_noise(triggers, site.sphere, site.dtype, self.centroid)
+        self.theta = chosen_theta(self.noise, arithmetic) if theta is None else theta
         self.response = response if response is not None else PLATEAU if self.plateau else RESPONSE
         self.steady = self._steady()
         self.widening, self.spare = self._widening()
@@ -993,7 +1023,12 @@ class _Session:
             plan = self.plans[triggers[weak[0]].edit]
             raise EditError(
                 f"prompt {_short(plan.request.prompt)}: the new neuron answers {float(diagonal[weak[0]]):.3g} at its own trigger "
-                f"instead of about {self.response:g}. Choose another layer or detector."
+                f"instead of about {self.response:g}. "
+                + (
+                    f"At theta {self.theta:g} rounding in {dtype_name(self.site.dtype)} is as large as the cone; take a larger theta."
+                    if self.plateau
+                    else "Choose another layer or detector."
+                )
             )
         condition = float(torch.linalg.cond(values / diagonal[:, None]))
         if not condition < 1e4:

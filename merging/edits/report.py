@@ -1,0 +1,469 @@
+"""What an edit did: to its own prompt, to other prompts, to text. Everything is counted on all tokens, nothing sampled.
+
+The reference is the same network without the edits' values: for widened models the one widened by silent neurons, so that a
+change of zero is exactly zero and not the rounding of another order of summation.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from merging.edits import optimise, stealth
+from merging.edits.edit import Edit, Patch, apply_to_model, check_compatible, undo_on_model
+from merging.edits.features import THETA
+from merging.edits.optimise import Sequence_, device_of, logits_of, padded
+from merging.edits.site import Site, decoder_layers, evaluating
+from merging.edits.stealth import Requests, Text
+from taskvec.errors import EditError
+
+if TYPE_CHECKING:
+    from merging.edits.jetpack import JetPack
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of `check`.
+
+    Attributes:
+        edits: for each edit prompt, target, `success` (whole target is the greedy answer), `answer` (greedy ids), loss.
+        success: share of edits whose whole target is the greedy answer.
+        paraphrases, paraphrase_success: how many were tried, and the share that gives the target.
+        prompts: other prompts tried.
+        fired: on how many of them a detector fired.
+        fired_bound: 95 % upper limit of that rate.
+        changed: how many continue differently (greedy, `tokens` tokens).
+        changed_bound: 95 % upper limit of that rate.
+        changed_prompts: the first of them.
+        largest_logit_change: over every position of prompts and text.
+        neighbours, neighbours_changed: prompts close to the edits', and how many continue differently.
+        text_tokens: tokens of text.
+        nll_before, nll_ratio: mean −log p of the text before, and after over before.
+        kl: mean KL divergence (before ‖ after) over all text tokens; kl_max its largest value.
+        rounding: largest logit change from widening alone (order of summation), None if nothing was widened.
+        seconds: taken by the check.
+    """
+
+    edits: tuple[Mapping[str, Any], ...]
+    success: float
+    paraphrases: int = 0
+    paraphrase_success: float | None = None
+    prompts: int = 0
+    fired: int = 0
+    fired_bound: float | None = None
+    changed: int = 0
+    changed_bound: float | None = None
+    changed_prompts: tuple[str, ...] = ()
+    largest_logit_change: float | None = None
+    neighbours: int = 0
+    neighbours_changed: int = 0
+    text_tokens: int = 0
+    nll_before: float | None = None
+    nll_ratio: float | None = None
+    kl: float | None = None
+    kl_max: float | None = None
+    rounding: float | None = None
+    seconds: float = 0.0
+    notes: tuple[str, ...] = field(default=())
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def text(self) -> str:
+        """For people, a line a fact."""
+        good = sum(bool(edit["success"]) for edit in self.edits)
+        lines = [f"edits that answer the whole target: {good} of {len(self.edits)}"]
+        lines += [f"  not: {edit['prompt']!r} → {edit['target']!r}" for edit in self.edits if not edit["success"]]
+        if self.paraphrases:
+            lines.append(f"paraphrases with the target: {self.paraphrase_success:.0%} of {self.paraphrases}")
+        if self.prompts:
+            lines.append(
+                f"other prompts: {self.prompts}; a detector fired on {self.fired} (rate ≤ {self.fired_bound:.2g} at 95 %), the "
+                f"greedy continuation changed on {self.changed} (≤ {self.changed_bound:.2g})"
+            )
+            lines += [f"  changed: {prompt!r}" for prompt in self.changed_prompts[:5]]
+        if self.neighbours:
+            lines.append(f"neighbouring prompts changed: {self.neighbours_changed} of {self.neighbours}")
+        if self.largest_logit_change is not None:
+            lines.append(f"largest logit change elsewhere: {self.largest_logit_change:.3g}")
+        if self.text_tokens:
+            lines.append(
+                f"text: {self.text_tokens} tokens, NLL {self.nll_before:.4f} × {self.nll_ratio:.6f}, KL {self.kl:.3g} mean, "
+                f"{self.kl_max:.3g} at most"
+            )
+        if self.rounding is not None:
+            lines.append(f"widening alone: {self.rounding:.2g} (order of summation)")
+        return "\n".join([*lines, *self.notes])
+
+
+class _Switch:
+    """Turns edits on and off on a model that is already widened, by writing only their rows and columns."""
+
+    def __init__(self, model: nn.Module, edits: Sequence[Edit]):
+        parameters = dict(model.named_parameters())
+        self._pairs = []
+        for edit in edits:
+            for patch in edit.patches:
+                place = parameters[patch.name].data.select(patch.dim, patch.index)
+                self._pairs.append((place, patch.old.to(place.device), patch.new.to(place.device)))
+
+    def set(self, on: bool) -> None:
+        for place, old, new in self._pairs:
+            place.copy_(new if on else old)
+
+
+@contextmanager
+def _switched(model: nn.Module, edits: "Sequence[Edit] | JetPack") -> Iterator[tuple[Any, Site]]:
+    """A function that turns the edits on or off, and the site to watch."""
+    if not isinstance(edits, Sequence):
+        pack = edits
+        with pack.attached(model):
+            site = Site.find(model, pack.layer)
+
+            def turn(on: bool) -> None:
+                pack.active = on
+
+            try:
+                yield turn, site
+            finally:
+                pack.active = True
+        return
+    layers = {edit.layer for edit in edits if edit.patches}
+    if len(layers) > 1:
+        raise EditError(f"check: the edits lie in layers {sorted(layers)}; check one layer at a time.")
+    check_compatible(edits)
+    bare = [replace(edit, patches=_no_patches()) for edit in edits]
+    apply_to_model(model, bare)
+    switch = _Switch(model, edits)
+    try:
+        yield switch.set, Site.find(model, next(iter(layers), 0))
+    finally:
+        switch.set(False)
+        undo_on_model(model, bare)
+
+
+def _no_patches() -> tuple[Patch, ...]:
+    return ()
+
+
+@torch.no_grad()
+def check(
+    model: nn.Module,
+    edits: "Sequence[Edit] | JetPack",
+    tokenizer: Any = None,
+    *,
+    prompts: Sequence[Text] = (),
+    text: Sequence[Text] = (),
+    neighbours: Sequence[Text] = (),
+    paraphrases: Mapping[str, Sequence[Text]] | None = None,
+    tokens: int = 8,
+    chat: bool = False,
+    batch: int = 16,
+    length: int = 256,
+) -> Report:
+    """Measures edits of one layer, all at once, on their base model; the model is as before afterwards.
+
+    Args:
+        model: the base, in the dtype the edits were made for.
+        edits: edits of one layer, or a jet-pack.
+        tokenizer: for texts.
+        prompts: other prompts, whose answers must not change. Independent ones make the bounds meaningful.
+        text: held-out text (or ids) for the NLL ratio and the KL divergence.
+        neighbours: prompts close to the edits', counted apart.
+        paraphrases: prompt of an edit → other wordings, for which the target is hoped for.
+        tokens: length of the greedy continuation that is compared.
+        chat: prompts are a user's turns.
+        batch: sequences at a time.
+        length: longest piece of text, in tokens.
+    """
+    from merging.edits.dimension import rate_bound
+
+    began = time.perf_counter()
+    listed = list(edits) if isinstance(edits, Sequence) else None
+    if listed is not None and not listed:
+        raise EditError("check: no edits were given.")
+    ids = [stealth.prompt_ids(tokenizer, p, chat=chat) for p in prompts]
+    near = [stealth.prompt_ids(tokenizer, p, chat=chat) for p in neighbours]
+    pieces = stealth.corpus_ids(tokenizer, text, length=length)
+    own = _own(edits)
+    rounding = None
+    with evaluating(model), _switched(model, listed if listed is not None else edits) as (turn, site):
+        turn(True)
+        answers = [_continued(model, [s.prompt], len(s.target), batch)[0] == s.target for _, _, s in own]
+        scores = optimise.losses(model, [s for _, _, s in own], batch=batch)
+        said = _paraphrased(model, tokenizer, own, paraphrases or {}, chat, batch)
+        turn(False)
+        continued = _continued(model, [*ids, *near], tokens, batch)
+        watch = _Watch(edits, site)
+        largest, changed, fired = 0.0, [], 0
+        for start in range(0, len(continued), batch):
+            sequences = [tuple(p) + c[:-1] for p, c in zip([*ids, *near][start : start + batch], continued[start:])]
+            table = padded(sequences, device_of(model))
+            before = logits_of(model, table)
+            turn(True)
+            with watch:
+                after = logits_of(model, table)
+            turn(False)
+            for row, sequence in enumerate(sequences):
+                number = start + row
+                kept = slice(0, len(sequence))
+                largest = max(largest, float((after[row, kept] - before[row, kept]).abs().max()))
+                at = len(sequence) - len(continued[number])
+                same = torch.equal(
+                    after[row, at : len(sequence)].argmax(-1), before[row, at : len(sequence)].argmax(-1)
+                )
+                changed.append(not same)
+                if number < len(ids):
+                    fired += bool(watch.fired[row, : len(sequence)].any())
+            del before, after
+        count, nll_before, nll_after, kl, kl_max = 0, 0.0, 0.0, 0.0, 0.0
+        for start in range(0, len(pieces), max(1, batch // 4)):
+            chunk = [p for p in pieces[start : start + max(1, batch // 4)] if len(p) > 1]
+            if not chunk:
+                continue
+            table = padded(chunk, device_of(model))
+            before = logits_of(model, table)
+            turn(True)
+            after = logits_of(model, table)
+            turn(False)
+            for row, piece in enumerate(chunk):
+                a, b = before[row, : len(piece)].float(), after[row, : len(piece)].float()
+                largest = max(largest, float((a - b).abs().max()))
+                p, q = F.log_softmax(a[:-1], -1), F.log_softmax(b[:-1], -1)
+                wanted = torch.tensor(piece[1:], device=p.device)[:, None]
+                nll_before -= float(p.gather(1, wanted).double().sum())
+                nll_after -= float(q.gather(1, wanted).double().sum())
+                each = (p.exp() * (p - q)).sum(-1).double()
+                kl, kl_max = kl + float(each.sum()), max(kl_max, float(each.max()))
+                count += len(piece) - 1
+        silent = logits_of(model, padded([own[0][2].prompt], device_of(model)))
+    if listed is not None and any(edit.widening is not None for edit in listed):
+        with evaluating(model):
+            plain = logits_of(model, padded([own[0][2].prompt], device_of(model)))
+        rounding = float((plain - silent).abs().max())
+    outcome = tuple(
+        {"prompt": prompt, "target": target, "success": good, "loss": round(score[0], 4)}
+        for (prompt, target, _), good, score in zip(own, answers, scores)
+    )
+    moved = changed[: len(ids)]
+    return Report(
+        edits=outcome,
+        success=sum(answers) / len(answers),
+        paraphrases=len(said),
+        paraphrase_success=sum(said) / len(said) if said else None,
+        prompts=len(ids),
+        fired=fired,
+        fired_bound=rate_bound(fired, len(ids)) if ids else None,
+        changed=sum(moved),
+        changed_bound=rate_bound(sum(moved), len(ids)) if ids else None,
+        changed_prompts=tuple(stealth._as_text(p) for p, c in zip(prompts, moved) if c)[:20],
+        largest_logit_change=largest if continued or pieces else None,
+        neighbours=len(near),
+        neighbours_changed=sum(changed[len(ids) :]),
+        text_tokens=count,
+        nll_before=nll_before / count if count else None,
+        nll_ratio=nll_after / nll_before if count else None,
+        kl=kl / count if count else None,
+        kl_max=kl_max if count else None,
+        rounding=rounding,
+        seconds=optimise.seconds_since(began),
+    )
+
+
+def _own(edits: "Sequence[Edit] | JetPack") -> list[tuple[str, str, Sequence_]]:
+    if isinstance(edits, Sequence):
+        return [(e.prompt, e.target, Sequence_(tuple(e.prompt_ids), tuple(e.target_ids))) for e in edits]
+    return [(e.prompt, e.target, Sequence_(e.prompt_ids, e.target_ids)) for e in edits.entries]
+
+
+def _continued(model: nn.Module, prompts: Sequence[Sequence[int]], tokens: int, batch: int) -> list[tuple[int, ...]]:
+    """Greedy continuations of exactly `tokens` tokens, without a cache (an end token does not end them)."""
+    found: dict[int, tuple[int, ...]] = {}
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), batch):
+        chosen = order[start : start + batch]
+        grown = [list(prompts[i]) for i in chosen]
+        for _ in range(tokens):
+            logits = logits_of(model, padded(grown, device_of(model)))
+            for row, ids in enumerate(grown):
+                ids.append(int(logits[row, len(ids) - 1].argmax()))
+        for row, index in enumerate(chosen):
+            found[index] = tuple(grown[row][len(prompts[index]) :])
+    return [found[index] for index in range(len(prompts))]
+
+
+def _paraphrased(
+    model: nn.Module,
+    tokenizer: Any,
+    own: Sequence[tuple[str, str, Sequence_]],
+    paraphrases: Mapping[str, Sequence[Text]],
+    chat: bool,
+    batch: int,
+) -> list[bool]:
+    targets = {prompt: sequence.target for prompt, _, sequence in own}
+    unknown = [prompt for prompt in paraphrases if prompt not in targets]
+    if unknown:
+        raise EditError(f"check: paraphrases are given for {unknown[0]!r}, for which there is no edit.")
+    sequences = [
+        Sequence_(stealth.prompt_ids(tokenizer, other, chat=chat), targets[prompt])
+        for prompt, others in paraphrases.items()
+        for other in others
+    ]
+    return optimise.greedy_matches(model, sequences, batch=batch) if sequences else []
+
+
+class _Watch:
+    """Whether any detector fires, token by token, in the forward passes inside its `with`."""
+
+    def __init__(self, edits: "Sequence[Edit] | JetPack", site: Site):
+        self.edits, self.site = edits, site
+        self.fired = torch.zeros(0)
+
+    def __enter__(self) -> None:
+        self._context = self.site.reading_neurons() if isinstance(self.edits, Sequence) else self.site.reading()
+        self._seen = self._context.__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        self._context.__exit__(None, None, None)
+        values = self._seen[0].float()
+        if isinstance(self.edits, Sequence):
+            neurons = [n for edit in self.edits for n in edit.neurons]
+            least = 1e-3 * min((edit.response for edit in self.edits), default=1.0)
+            self.fired = (values[..., neurons].abs() > least).any(dim=-1)
+        else:
+            self.fired = (self.edits.hidden(values.cpu()) > 0).any(dim=-1)
+
+
+# -- before editing ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an edit would be, before it is made.
+
+    Attributes:
+        layer, kind, form, theta, response, plateau: what would be chosen, and `why`.
+        site: the layer's description.
+        bound: the theorem's bound on the rate at which a random prompt fires one detector (centred where the form is).
+        dimension: the separability dimension it comes from.
+        fires: {edit: other given prompts that its detector would fire on}.
+        noise: movement of features (1 − cosine) between alone and padded.
+    """
+
+    layer: int
+    kind: str
+    form: str
+    theta: float
+    response: float
+    plateau: bool
+    why: tuple[str, ...]
+    site: str
+    bound: float
+    bound_upper: float
+    dimension: float
+    fires: Mapping[str, tuple[str, ...]]
+    noise: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def text(self) -> str:
+        lines = [self.site, *self.why]
+        lines.append(
+            f"theta {self.theta:g}, response {self.response:g}{', plateau' if self.plateau else ''}: by the theorem a random "
+            f"prompt fires a detector with probability ≤ {self.bound:.2g} (certified by this sample: {self.bound_upper:.2g})"
+        )
+        for prompt, others in self.fires.items():
+            lines.append(f"  the detector for {prompt!r} would also fire on {', '.join(map(repr, others))}")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def plan(
+    model: nn.Module,
+    requests: Requests,
+    tokenizer: Any = None,
+    *,
+    corpus: Sequence[Text],
+    layer: int | None = None,
+    theta: float | None = None,
+    prompts: Sequence[Text] = (),
+    chat: bool = False,
+) -> Plan:
+    """Says before editing which layer, which kind, which theta, and what bound.
+
+    Args:
+        model, requests, tokenizer, layer, theta, chat: as for `edit_widen`. A request without a target is fine.
+        corpus: other texts: the metric is of their features.
+        prompts: further prompts on which the detectors are tried.
+    """
+    from merging.edits.dimension import intrinsic_dimension
+
+    given = [r if not isinstance(r, str) else (r, "x") for r in ([requests] if isinstance(requests, str) else requests)]  # type: ignore[union-attr]
+    wanted, _ = stealth.requests_of(given)
+    ids = [stealth.prompt_ids(tokenizer, r.prompt, chat=chat) for r in wanted]
+    chunks = stealth.corpus_ids(tokenizer, corpus)
+    why = []
+    count = len(decoder_layers(model)[1])
+    if layer is None:
+        layer = stealth.chosen_layer(model, chunks, theta or THETA)
+        why.append(
+            f"Layer {layer} of {count}: the highest centred dimension between a third and nine tenths of the depth."
+        )
+    site = Site.find(model, layer)
+    background = stealth.Background.of(site, chunks)
+    centroid = background.centroid(site.sphere)
+    half = site.dtype in (torch.float16, torch.bfloat16)
+    if site.kind == "jet-pack":
+        form, kind = "jet-pack", "centred cone"
+    elif site.kind in ("affine", "optional-bias"):
+        form, kind = "widen", "tangent"
+    else:
+        form, kind = "jet-pack", "centred cone"
+        why.append(
+            "Neurons without a bias are exact nowhere; a jet-pack is. In place or widened it would be 'contrast'."
+        )
+    noise = stealth.feature_noise(site, ids, centroid)
+    chosen = stealth.chosen_theta(noise) if theta is None else theta
+    if theta is None:
+        why.append(
+            f"theta {chosen:g}: features move by {noise:.1g} (1 − cosine, centred) between running alone and in a padded batch "
+            f"in {str(site.dtype).removeprefix('torch.')}; theta is the smallest usual one {stealth._NOISE_MARGIN:g} times above."
+        )
+    if half:
+        why.append("16-bit dtype: the response levels off on a plateau, so that this noise does not reach the answer.")
+    points = site.sphere.double().project(background.features[~background.first].double())
+    metric = intrinsic_dimension(points.float()[:5000], [chosen], centre=True, renormalise=True).rows()[0]
+    triggers = torch.stack([f[-1] for f in stealth.features_of(site, ids)])
+    z = F.normalize(site.sphere.double().project(triggers.double()) - centroid, dim=-1)
+    others = [stealth.prompt_ids(tokenizer, p, chat=chat) for p in prompts]
+    at = [f[-1] for f in stealth.features_of(site, others)] if others else []
+    w = F.normalize(site.sphere.double().project(torch.stack(at).double()) - centroid, dim=-1) if at else z[:0]
+    names = [stealth._as_text(r.prompt) for r in wanted]
+    everyone = [*names, *(stealth._as_text(p) for p in prompts)]
+    close = z @ torch.cat([z, w]).T > 1 - chosen
+    fires = {
+        name: tuple(everyone[j] for j in torch.nonzero(close[i]).flatten().tolist() if j != i)
+        for i, name in enumerate(names)
+    }
+    return Plan(
+        layer=layer,
+        kind=kind,
+        form=form,
+        theta=chosen,
+        response=stealth.PLATEAU if half and form == "widen" else stealth.RESPONSE,
+        plateau=half,
+        why=tuple(why),
+        site=site.describe(),
+        bound=float(metric["bound"]),
+        bound_upper=float(metric["bound_upper"]),
+        dimension=float(metric["dimension"]) if math.isfinite(float(metric["dimension"])) else math.inf,
+        fires={name: others for name, others in fires.items() if others},
+        noise=noise,
+    )
