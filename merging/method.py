@@ -1,6 +1,7 @@
 """How a merge method is declared, found, and given its parameters."""
 
 import inspect
+import math
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ from functools import cache
 from importlib import import_module
 from typing import Annotated, Any, Literal, get_type_hints
 
+import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
@@ -301,6 +303,16 @@ def task_weights(tile: Tile, method: str) -> list[float]:
     return [float(weight) for weight in tile.weights.double()]
 
 
+def trimmed(stack: Tensor, thresholds: Sequence[float]) -> Tensor:
+    """The entries of each row whose magnitude reaches the row's threshold; zeros elsewhere."""
+    kept = torch.empty_like(stack)
+    limit = torch.tensor(list(thresholds), dtype=stack.dtype)
+    for row, out, below in zip(stack, kept, torch.nextafter(limit, torch.full_like(limit, -math.inf)).tolist()):
+        # keeps |x| > the number just below the threshold: one pass over the row, not four
+        torch.hardshrink(row, below, out=out)
+    return kept
+
+
 __all__ = [
     "Count",
     "Deltas",
@@ -322,6 +334,7 @@ __all__ = [
     "per_task",
     "plain_mean",
     "task_weights",
+    "trimmed",
     "weighted",
     "weighted_mean",
     "weighted_sum",

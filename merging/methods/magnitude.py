@@ -1,9 +1,8 @@
 """Magnitude pruning of task vectors."""
 
-import torch
 from torch import Tensor
 
-from merging.method import Density, merge_method, per_task
+from merging.method import Density, merge_method, per_task, trimmed
 from taskvec.deltas import Deltas, Tile
 from taskvec.moments import l1_ratios
 from taskvec.order import magnitudes, order_statistics
@@ -30,10 +29,8 @@ def magnitude(deltas: Deltas, *, density: Density = 0.2, rescale: bool = False) 
     factors = [1.0] * len(deltas.tasks)
 
     def kernel(tile: Tile) -> Tensor:
-        stack = torch.empty_like(tile.stack)
-        for task, threshold in enumerate(thresholds):
-            row = tile.stack[task]
-            torch.mul(row, row.abs() >= threshold, out=stack[task])
+        stack = trimmed(tile.stack, thresholds)
+        for task in range(len(factors)):
             if factors[task] != 1:
                 stack[task].mul_(factors[task])
         return stack

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from merging.method import Density, merge_method, per_task
+from merging.method import Density, merge_method, per_task, trimmed
 from taskvec.deltas import Deltas, Tile
 from taskvec.order import magnitudes, order_statistics
 from taskvec.plan import Plan, Report, formula
@@ -34,25 +34,30 @@ def ties(deltas: Deltas, *, density: Density = 0.2, normalize: bool = True) -> P
 
     @formula("ties", thresholds=thresholds, normalize=normalize)
     def kernel(tile: Tile) -> Tensor:
-        stack = torch.empty_like(tile.stack)
-        for task, threshold in enumerate(thresholds):
-            row = tile.stack[task]
-            torch.mul(row, row.abs() >= threshold, out=stack[task])
-        return disjoint_mean(tile.with_stack(stack), normalize=normalize)
+        return disjoint_mean(tile.with_stack(trimmed(tile.stack, thresholds)), normalize=normalize)
 
     return kernel
 
 
 def disjoint_mean(tile: Tile, *, normalize: bool) -> Tensor:
     """Sum (or mean) over the tasks whose sign is that of the weighted sum; a zero never agrees."""
-    positive = tile.total() >= 0
-    total, weights = torch.zeros_like(tile.stack[0]), torch.zeros_like(tile.stack[0])
+    # arithmetic on signs instead of masks: converting bools costs several times as much as a product
+    sign = tile.total().sign_().add_(0.5).sign_()
+    total, weights = torch.zeros_like(sign), torch.zeros_like(sign)
     for task, row in enumerate(tile.stack):
-        agrees = torch.where(positive, row > 0, row < 0)
         weight = tile.weight(task)
-        total.add_((row * weight).mul_(agrees))
+        agreeing = (row * sign).clamp_(min=0)
+        _add(total, agreeing, weight)
         if normalize:
-            weights.add_(agrees * weight)
+            _add(weights, agreeing.sign_(), weight)
+    total.mul_(sign)
     if normalize:
-        total.div_(weights.masked_fill_(weights == 0, 1.0))
+        total.div_(weights.add_(weights == 0))
     return total
+
+
+def _add(total: Tensor, values: Tensor, weight: "Tensor | float") -> None:
+    if isinstance(weight, float):
+        total.add_(values, alpha=weight)
+    else:
+        total.addcmul_(values, weight)
