@@ -9,7 +9,7 @@ from torch import Tensor
 from merging.method import MergeMethod, method, weighted_sum
 from taskvec.deltas import StackDeltas, Tile, constant
 from taskvec.errors import ParameterError, UsageError
-from taskvec.sweep import Options, Outcome, Scope, Stage, sweep
+from taskvec.sweep import Into, Options, Outcome, Scope, Stage, sweep
 
 Step = "str | tuple[str, Mapping[str, Any]]"
 
@@ -74,21 +74,13 @@ def merge_stacks(
     stages = build_stages(chosen, parameters, preprocess, postprocess, count, seed=seed, contributions=contributions)
     if contributions:
         parts = Contributions(found, scale)
-        done = sweep(deltas, stages, parts.take, scope=statistics or chosen.statistics, options=options)
+        done = sweep(deltas, stages, parts, scope=statistics or chosen.statistics, options=options)
         _fill(outcome, done)
         return parts
     merged = {
         key: torch.empty(info.shape, dtype=info.dtype, device=found[key].device) for key, info in deltas.infos.items()
     }
-
-    def sink(tile: Tile) -> None:
-        values = tile.merged
-        assert values is not None
-        if scale != 1.0:
-            values = values * scale
-        merged[tile.name].view(-1)[tile.start : tile.stop] = values.reshape(-1)
-
-    done = sweep(deltas, stages, sink, scope=statistics or chosen.statistics, options=options)
+    done = sweep(deltas, stages, Into(merged, scale), scope=statistics or chosen.statistics, options=options)
     _fill(outcome, done)
     return merged
 
@@ -156,8 +148,13 @@ class Contributions:
         self._like = {name: (tuple(stack.shape[1:]), stack.device) for name, stack in stacks.items()}
         self._parts: dict[str, list[tuple[int, list[tuple[Tensor, Tensor]]]]] = {name: [] for name in stacks}
         self._dtype: torch.dtype = torch.float32
+        self._packed: Any = None
 
-    def take(self, tile: Tile) -> None:
+    def take_packed(self, packed: Any) -> None:
+        """Keeps the parts as a fused pass packed them, on the GPU."""
+        self._packed = packed
+
+    def __call__(self, tile: Tile) -> None:
         """Keeps the non-zero entries of one tile."""
         assert tile.merged is not None
         rows = tile.merged.reshape(self.tasks, -1)
@@ -171,6 +168,9 @@ class Contributions:
     def parts(self, name: str) -> list[Tensor]:
         """The parts of one tensor, a sparse COO tensor [numel] for each task."""
         shape, device = self._like[name]
+        if self._packed is not None:
+            alone = [[float(task == other) for other in range(self.tasks)] for task in range(self.tasks)]
+            return [self.merged(weights, scale=1.0)[name].view(-1).to_sparse() for weights in alone]
         numel = 1
         for size in shape:
             numel *= size
@@ -197,7 +197,11 @@ class Contributions:
         if len(chosen) != self.tasks:
             raise ParameterError(f"weights: {len(chosen)} weights for {self.tasks} tasks")
         factor = self.scale if scale is None else scale
-        merged = {}
+        merged: dict[str, Tensor] = {}
+        if self._packed is not None:
+            merged = {name: torch.empty(shape, device=device) for name, (shape, device) in self._like.items()}
+            self._packed.merged([weight * factor for weight in chosen], merged)
+            return merged
         for name, (shape, device) in self._like.items():
             total = torch.zeros(shape, dtype=self._dtype, device=device)
             flat = total.view(-1)

@@ -146,6 +146,25 @@ class StackDeltas:
             self._base = {name: base[name].detach().reshape(-1) for name in stacks}
 
     @property
+    def device(self) -> torch.device:
+        """Where the first stack lies."""
+        return next(iter(self._flat.values())).device if self._flat else torch.device("cpu")
+
+    def on_gpu(self) -> list[tuple[str, Tensor, list[float]]] | None:
+        """Name, stack [task, n] and task weights of each tensor, if all lie on one GPU in at most single precision."""
+        found = []
+        for name, stack in self._flat.items():
+            weights = self._weights(name, 0, stack.shape[1])
+            plain = stack.is_cuda and stack.device == self.device and weights.ndim == 1 and not self._base
+            if not plain or stack.stride(1) != 1 or self.infos[name].dtype != torch.float32:
+                return None
+            if stack.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                return None
+            if stack.shape[1]:
+                found.append((name, stack, weights.tolist()))
+        return found or None
+
+    @property
     def numel(self) -> int:
         return sum(info.numel for info in self.infos.values())
 

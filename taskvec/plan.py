@@ -5,9 +5,9 @@ Sample(...)` gives back a small stratified sample and is no pass; `yield Report(
 What the plan returns is the kernel that makes merged tiles. A method without statistics returns its kernel directly.
 """
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -53,5 +53,49 @@ class Report:
     facts: Mapping[str, Any] | Callable[[], Mapping[str, Any]]
 
 
-Plan = Generator[Fold | Sample | Report, Any, Kernel]
-SubPlan = Generator[Fold | Sample | Report, Any, Any]
+@dataclass(frozen=True, slots=True)
+class Formula:
+    """What a function of tiles computes, in words: an engine that knows a faster form of it may run that instead.
+
+    Attributes:
+        name: which function; its meaning never changes.
+        numbers: what it depends on beside the tile.
+    """
+
+    name: str
+    numbers: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Asks for exact order statistics of a formula's rows over all deltas; the answer None means: not known here.
+
+    Attributes:
+        of: the values, [task, n] for each tile.
+        ranks: for each task the wanted ranks, counted from 0.
+    """
+
+    of: Formula
+    ranks: Sequence[Sequence[int]]
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def formula(name: str, **numbers: Any) -> Callable[[Function], Function]:
+    """Says of a function of tiles what it computes. The function itself stays the definition."""
+
+    def declare(function: Function) -> Function:
+        function.__dict__["formula"] = Formula(name, numbers)
+        return function
+
+    return declare
+
+
+def formula_of(function: Callable[..., Any]) -> Formula | None:
+    """What a function was said to compute, if anything."""
+    return getattr(function, "__dict__", {}).get("formula")
+
+
+Plan = Generator[Fold | Sample | Selection | Report, Any, Kernel]
+SubPlan = Generator[Fold | Sample | Selection | Report, Any, Any]

@@ -21,7 +21,7 @@ from taskvec.checkpoint import SEGMENT, Checkpoint, SegmentDigest, raw_bytes
 from taskvec.deltas import Deltas, OneTensor, StackDeltas, Tile
 from taskvec.errors import NonFiniteError, TaskvecError, UsageError
 from taskvec.moments import CHUNK, exact, rounded_sum
-from taskvec.plan import Fold, Kernel, Plan, Report, Sample
+from taskvec.plan import Fold, Formula, Kernel, Plan, Report, Sample, Selection, formula_of
 from taskvec.source import TensorSource
 
 TILE = 1 << 17  # elements a task: 0.5 MiB in float32, so that a stack of a few tasks stays in a 2 MiB cache
@@ -97,6 +97,26 @@ Sink = Callable[[Tile], None]
 """Takes finished tiles (`merged` is set), from several threads; tiles of one segment come in order."""
 
 
+@dataclass(slots=True)
+class Into:
+    """A sink that puts merged deltas into tensors in memory, where fused passes write them directly.
+
+    Attributes:
+        places: name -> [*shape], contiguous.
+        scale: factor for each delta.
+    """
+
+    places: Mapping[str, Tensor]
+    scale: float = 1.0
+
+    def __call__(self, tile: Tile) -> None:
+        values = tile.merged
+        assert values is not None
+        if self.scale != 1.0:
+            values = values * self.scale
+        self.places[tile.name].view(-1)[tile.start : tile.stop] = values.reshape(-1)
+
+
 def free_memory() -> int:
     """Bytes that can be allocated without swapping."""
     try:
@@ -150,9 +170,10 @@ class _Sweep:
         )
         self.whole = any(stage.unit == "tensor" for stage in stages)
         self.resident = isinstance(deltas, StackDeltas)
-        self.tile = -(-(options.tile or (TILE_RESIDENT if options.device != "cpu" else TILE)) // CHUNK) * CHUNK
+        there = options.device != "cpu" or (isinstance(deltas, StackDeltas) and deltas.device.type != "cpu")
+        self.tile = -(-(options.tile or (TILE_RESIDENT if there else TILE)) // CHUNK) * CHUNK
         self.workers = max(1, options.workers or len(os.sched_getaffinity(0)))
-        if options.device != "cpu":
+        if there:
             self.workers = 1 if self.resident else max(2, self.workers)
         memory = options.memory if options.memory is not None else free_memory() // 4
         self.outcome = Outcome()
@@ -167,6 +188,7 @@ class _Sweep:
         self._digests: dict[tuple[int, str], SegmentDigest] = {}
         self._stop = threading.Event()
         self._late: list[tuple[Stage, Report]] = []
+        self._fused = _resident_on_gpu(deltas) if self.resident and scope == "model" and not self.whole else None
 
     # -- the two scopes ------------------------------------------------------------------------------------------------
 
@@ -174,8 +196,8 @@ class _Sweep:
         if self.scope == "model":
             for stage in self.stages:
                 self._chain.append((stage, self._plan(stage)))
-            label = "merging"
-            self._pass(self._finish_tile, label)
+            if not self._merged_fused():
+                self._pass(self._finish_tile, "merging")
             self._late_reports()
         else:
             self.outcome.passes = 1
@@ -202,6 +224,8 @@ class _Sweep:
                 answer = None
             elif isinstance(request, Sample):
                 answer = self._sample(request)
+            elif isinstance(request, Selection):
+                answer = self._selected_fused(request)
             else:
                 answer = self._fold(request, f"{stage.name}, statistics")
 
@@ -230,6 +254,48 @@ class _Sweep:
         with self._gate(need) as fits:
             small = _TensorSweep(self, name, keep=fits)
             small.run()
+
+    # -- fused passes on a GPU -------------------------------------------------------------------------------------------
+
+    def _selected_fused(self, request: Selection) -> Any:
+        """Order statistics of the deltas themselves by one fused pass; None where that is not known."""
+        if self._fused is None or self._chain:
+            return None
+        found = self._fused.order_statistics(request.of, request.ranks)
+        if found is not None:
+            self._after_fused()
+        return found
+
+    def _merged_fused(self) -> bool:
+        """The last pass, fused into the sink's tensors; False where that is not known."""
+        told = _chain_formula([kernel for _, kernel in self._chain])
+        if self._fused is None or told is None or self.skip:
+            return False
+        if isinstance(self.sink, Into):
+            done = self._fused.merge(told, self.sink.places, self.sink.scale)
+        else:
+            take = getattr(self.sink, "take_packed", None)
+            parts = None if take is None else self._fused.packed(told)
+            done = take is not None and parts is not None
+            if take is not None and parts is not None:
+                take(parts)
+        if done:
+            self._after_fused()
+        return done
+
+    def _after_fused(self) -> None:
+        """Counts the pass; the first one also found the norms, and any value that is not a number."""
+        assert self._fused is not None
+        self.outcome.passes += 1
+        if self._read_once or self._fused.squares is None:
+            return
+        self._read_once = True
+        if all(value < float("inf") for value in self._fused.squares):
+            self._squares = [exact(value) for value in self._fused.squares]
+            return
+        for item in self._items():  # a value that is not finite, or one whose square is not
+            for tile in self._tiles(*item, first=True):
+                del tile
 
     # -- passes ----------------------------------------------------------------------------------------------------------
 
@@ -316,12 +382,24 @@ class _Sweep:
 
     def _examine(self, tile: Tile) -> None:
         """Norms for the report, and the check that every number is one."""
+        if tile.stack.device.type != "cpu":
+            self._examine_there(tile)
+            return
         parts = [exact_square(row) for row in tile.stack]
         if any(part is None for part in parts) or (tile.base is not None and not _is_finite(tile.base)):
             self._blame(tile)
         with self._lock:
             for task, part in enumerate(parts):
                 self._squares[task] += part or 0
+
+    def _examine_there(self, tile: Tile) -> None:
+        """The same on a GPU, with one wait for each tile."""
+        wide = torch.linalg.vector_norm(tile.stack.flatten(1), dim=1, dtype=torch.float64).square().tolist()
+        if not all(value < float("inf") for value in wide) or (tile.base is not None and not _is_finite(tile.base)):
+            self._blame(tile)
+        with self._lock:
+            for task, value in enumerate(wide):
+                self._squares[task] += exact(value)
 
     def _blame(self, tile: Tile) -> None:
         if tile.base is not None and not _is_finite(tile.base):
@@ -502,6 +580,33 @@ class _Gate:
                 self._changed.notify_all()
 
 
+def _resident_on_gpu(deltas: Deltas) -> Any:
+    """Stacks that lie on one GPU, ready for fused passes; None where they do not, or where Triton is missing."""
+    assert isinstance(deltas, StackDeltas)
+    stacks = deltas.on_gpu()
+    if stacks is None:
+        return None
+    try:
+        from taskvec import fused
+    except ImportError:
+        return None
+    if deltas.numel < fused.LEAST or len(deltas.tasks) > fused.MOST_TASKS:
+        return None
+    return fused.Resident([fused.Entry(name, list(rows), None, weights) for name, rows, weights in stacks])
+
+
+def _chain_formula(kernels: Sequence[Kernel]) -> Formula | None:
+    """What a chain of kernels computes together."""
+    told = [formula_of(kernel) for kernel in kernels]
+    if len(told) == 1:
+        return told[0]
+    if len(told) == 2:
+        first, second = told
+        if first is not None and second is not None and (first.name, second.name) == ("trim", "weighted sum"):
+            return Formula("trimmed sum", first.numbers)
+    return None
+
+
 @contextmanager
 def _single_threaded() -> Iterator[None]:
     """One torch thread and no gradients in this thread: sums inside kernels then never depend on the machine."""
@@ -562,6 +667,7 @@ def sample_blocks(deltas: Deltas, size: int) -> list[tuple[str, int, int]]:
 
 
 __all__ = [
+    "Into",
     "Options",
     "Outcome",
     "Progress",

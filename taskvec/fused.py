@@ -1,0 +1,432 @@
+"""Fused passes over deltas that lie on a GPU. Imported only when the device is one.
+
+The engine asks here first. Plans say what their functions of tiles compute (`taskvec.plan.formula`); where the name is
+known, one launch reads every tensor of the model once, whatever their number, and nothing is written but what is
+asked for. Where it is not, or Triton is missing, the engine runs the functions themselves.
+
+Order statistics are exact: a stratified sample brackets each rank, one launch counts below and at the bracket's ends and
+keeps the few values inside, and a radix selection among those gives the statistic with its counts, verified by rank.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from taskvec import fused_kernels as kernels
+from taskvec.fused_kernels import HIGH_TAIL, INTERIOR, LOW_TAIL
+from taskvec.order import OrderStatistic
+from taskvec.plan import Formula
+
+COUNT_BLOCK, COUNT_WARPS = 2048, 8  # elements and warps of one program: sums over a block cost barriers
+MERGE_BLOCK, MERGE_WARPS = 512, 4  # four elements a thread: more would leave too few warps for the registers
+BUCKETS = 64  # lists per task, so that programs do not queue for one counter
+PAD = 32  # one counter per 128 bytes
+RUN = 4  # neighbouring elements of a sample: half a sector, and almost independent draws
+SAMPLE = 1 << 18
+LEAST = 1 << 20  # elements below which a merge is not worth fusing
+MOST_TASKS = 32  # kernels are unrolled over tasks
+DIGIT = 2048  # bins of one radix digit
+
+_STATISTICS = {"magnitude": kernels.MAGNITUDE, "pcb score": kernels.PCB_SCORE}
+_MERGES = {
+    "weighted sum": kernels.WEIGHTED_SUM,
+    "trimmed sum": kernels.TRIMMED_SUM,
+    "ties": kernels.TIES,
+    "pcb": kernels.PCB,
+}
+
+
+# -- the tables --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Entry:
+    """One tensor on the device.
+
+    Attributes:
+        name: its name.
+        rows: for each task the stored values, flat; weights where there is a base, else deltas.
+        base: the base's stored values, flat, where rows are to be taken as differences to it.
+        weights: the task weights.
+    """
+
+    name: str
+    rows: Sequence[Tensor]
+    base: Tensor | None
+    weights: Sequence[float]
+
+
+@dataclass(slots=True)
+class _Group:
+    """Tensors of one dtype and alignment: what one launch covers."""
+
+    entries: list[Entry]
+    stored: torch.dtype
+    based: torch.dtype | None
+    even: int
+    numel: int
+    tables: dict[str, Tensor]
+    tilings: dict[int, "_Tiling"] = field(default_factory=dict)
+
+    @property
+    def align(self) -> int:
+        return 16 if self.even > 1 else 1
+
+
+@dataclass(slots=True)
+class _Tiling:
+    """The programs of one launch: which tensor each works on, and where it begins."""
+
+    tensor: Tensor
+    start: Tensor
+    tiles: int
+    first: int  # tiles of the groups before
+
+
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+class Resident:
+    """Deltas on one device, ready for fused passes.
+
+    Attributes:
+        squares: after the first pass the sum of squares of each task vector; not finite where an input is not.
+    """
+
+    def __init__(self, entries: Sequence[Entry]):
+        self.tasks = len(entries[0].rows)
+        self.device = entries[0].rows[0].device
+        self.numel = sum(entry.rows[0].numel() for entry in entries)
+        self.squares: list[float] | None = None
+        self._groups = self._grouped(entries)
+
+    def _grouped(self, entries: Sequence[Entry]) -> list[_Group]:
+        kinds: dict[tuple[Any, ...], list[Entry]] = {}
+        for entry in entries:
+            count = entry.rows[0].numel()
+            every = [*entry.rows, *([entry.base] if entry.base is not None else [])]
+            even = count % 8 == 0 and all(row.data_ptr() % 16 == 0 for row in every)
+            based = None if entry.base is None else entry.base.dtype
+            kinds.setdefault((entry.rows[0].dtype, based, 8 if even else 1), []).append(entry)
+        groups = []
+        for (stored, based, even), members in kinds.items():
+            sizes = np.array([entry.rows[0].numel() for entry in members], np.int64)
+            addresses = np.array([[row.data_ptr() for row in entry.rows] for entry in members], np.int64)
+            bases = np.array([0 if e.base is None else e.base.data_ptr() for e in members], np.int64)
+            parts = {
+                "rows": addresses.ravel(),
+                "bases": bases,
+                "sizes": sizes,
+                "prefix": np.append(0, np.cumsum(sizes)),
+            }
+            tables = dict(
+                zip(
+                    parts,
+                    torch.from_numpy(np.concatenate(list(parts.values())))
+                    .to(self.device)
+                    .split([len(part) for part in parts.values()]),
+                )
+            )
+            weights = np.array([list(entry.weights) for entry in members], np.float32)
+            tables["weights"] = torch.from_numpy(weights).to(self.device)
+            groups.append(_Group(members, stored, based, even, int(sizes.sum()), tables))
+        return groups
+
+    def _tilings(self, block: int) -> tuple[list[tuple[_Group, _Tiling]], int]:
+        """Each group with its programs for this block size, and the number of all programs."""
+        first, found = 0, []
+        for group in self._groups:
+            if block not in group.tilings:
+                tiles = -(-np.array([entry.rows[0].numel() for entry in group.entries], np.int64) // block)
+                total = int(tiles.sum())
+                tensor = np.repeat(np.arange(len(tiles), dtype=np.int32), tiles)
+                start = (np.arange(total, dtype=np.int64) - np.repeat(np.cumsum(tiles) - tiles, tiles)) * block
+                group.tilings[block] = _Tiling(
+                    torch.from_numpy(tensor).to(self.device), torch.from_numpy(start).to(self.device), total, first
+                )
+            tiling = group.tilings[block]
+            found.append((group, tiling))
+            first += tiling.tiles
+        return found, first
+
+    # -- order statistics ------------------------------------------------------------------------------------------------
+
+    def order_statistics(self, of: Formula, ranks: Sequence[Sequence[int]]) -> list[list[OrderStatistic]] | None:
+        """The statistics of each row's ranks; None where this formula is not known here or a bracket missed twice."""
+        if of.name not in _STATISTICS:
+            return None
+        kind = _STATISTICS[of.name]
+        numbers = self._pcb_numbers(of.numbers) if kind == kernels.PCB_SCORE else self._no_numbers()
+        for margin in (8.4, 40.0):
+            found = self._selected(kind, numbers, ranks, margin)
+            if found is not None:
+                return found
+        return None
+
+    def _selected(
+        self, kind: int, numbers: Tensor, ranks: Sequence[Sequence[int]], margin: float
+    ) -> list[list[OrderStatistic]] | None:
+        tasks, wanted = self.tasks, len(ranks[0])
+        sample, size = self._sample(kind, numbers)
+        brackets, bracket_of, kinds, share = _bracket_plan(ranks, self.numel, size, margin)
+        count = len(kinds)
+        code = sum(kind_ << (2 * i) for i, kind_ in enumerate(kinds))
+        places = torch.from_numpy(brackets).to(self.device)
+        ends = sample.sort(1).values.gather(1, places.view(tasks, -1)).contiguous()
+        fields, last = 0, 0
+        for i, shape in enumerate(kinds):
+            fields |= last << (4 * i)
+            last += 3 if shape == INTERIOR else 1
+        if last > 14:
+            return None
+        width = -(-last // 2)
+        tilings, tiles = self._tilings(COUNT_BLOCK)
+        capacity = int(min(1.6 * share * self.numel / BUCKETS + 2 * COUNT_BLOCK, self.numel))
+        words = torch.empty(tasks * width * tiles, dtype=torch.int32, device=self.device)
+        held = torch.zeros(tasks * BUCKETS * PAD, dtype=torch.int32, device=self.device)
+        lists = torch.empty(tasks * BUCKETS * capacity, dtype=torch.float32, device=self.device)
+        examine = self.squares is None
+        squares = torch.empty(tasks, tiles if examine else 0, dtype=torch.float32, device=self.device)
+        for group, tiling in tilings:
+            t = group.tables
+            kernels.count_kernel[(tiling.tiles,)](
+                t["rows"], t["bases"], t["sizes"], tiling.tensor, tiling.start, ends, numbers, words, squares, held,
+                lists, capacity, tiling.first, tiles,
+                TASKS=tasks, KIND=kind, **self._types(group), BRACKETS=count, KINDS=code, FIELDS=fields, WORDS=width,
+                EXAMINE=examine, BLOCK_=COUNT_BLOCK, BUCKETS_=BUCKETS, PAD_=PAD, num_warps=COUNT_WARPS,
+                enable_fp_fusion=False,
+            )  # fmt: skip
+        total = tasks * wanted
+        asked = torch.tensor([list(row) for row in ranks], dtype=torch.int64).to(self.device)
+        which = torch.tensor(bracket_of, dtype=torch.int32).to(self.device)
+        size_of = [total * 5, total * 7, tasks, ends.numel()]
+        results = torch.empty(sum(size_of), dtype=torch.int64, device=self.device)
+        counts, state, sums, edges = results.split(size_of)
+        kernels.resolve_kernel[(total,)](
+            words, tiles, held, capacity, ends, asked, which, counts, state, self.numel,
+            RANKS=wanted, BRACKETS=count, KINDS=code, FIELDS=fields, WORDS=width, BUCKETS_=BUCKETS, PAD_=PAD, STEP=4096,
+            num_warps=8,
+        )  # fmt: skip
+        bins = torch.zeros(total * DIGIT, dtype=torch.int32, device=self.device)
+        for level in range(3):
+            kernels.digit_kernel[(total, BUCKETS, -(-capacity // 4096))](
+                lists, held, capacity, state, bins,
+                RANKS=wanted, BUCKETS_=BUCKETS, PAD_=PAD, DIGIT_=DIGIT, BITS=11, STEP=4096, num_warps=8,
+            )  # fmt: skip
+            kernels.pick_kernel[(total,)](
+                counts, state, bins, which, RANKS=wanted, KINDS=code, FIRST=level == 0, DIGIT_=DIGIT, BITS=11
+            )
+        edges.view(torch.float64).copy_(ends.view(-1))
+        if examine:
+            sums.view(torch.float64).copy_(squares.sum(1, dtype=torch.float64))
+        told = [part.clone() for part in results.cpu().split(size_of)]  # the one wait of this pass
+        if examine:
+            self.squares = told[2].view(torch.float64).tolist()
+        tallies, states = told[0].view(tasks, wanted, 5).tolist(), told[1].view(tasks, wanted, 7).tolist()
+        bounds = told[3].view(torch.float64).view(tasks, count, 2).tolist()
+        found: list[list[OrderStatistic]] = []
+        for task in range(tasks):
+            row = []
+            for j, rank in enumerate(ranks[task]):
+                value = _resolved(rank, tallies[task][j], states[task][j], bounds[task][bracket_of[j]])
+                if value is None:
+                    return None
+                row.append(value)
+            found.append(row)
+        return found
+
+    def _sample(self, kind: int, numbers: Tensor) -> tuple[Tensor, int]:
+        """A stratified sample [task, size + 2], with both infinities at the end, and its size."""
+        runs = [max(1, min(SAMPLE, self.numel // 4) * group.numel // self.numel // RUN) for group in self._groups]
+        size = sum(runs) * RUN
+        sample = torch.empty(self.tasks, size + 2, dtype=torch.float32, device=self.device)
+        sample[:, size] = -torch.inf
+        sample[:, size + 1] = torch.inf
+        first = 0
+        for group, count in zip(self._groups, runs):
+            t = group.tables
+            types = self._types(group)
+            del types["ALIGN"], types["EVEN"]
+            kernels.sample_kernel[(-(-count * RUN // 512),)](
+                t["rows"], t["bases"], t["prefix"], len(group.entries), group.numel, count, sample, size + 2, first,
+                numbers,
+                TASKS=self.tasks, KIND=kind, **types, STEPS=len(group.entries).bit_length(), SAMPLES=512, RUN_=RUN,
+                enable_fp_fusion=False,
+            )  # fmt: skip
+            first += count * RUN
+        return sample, size
+
+    def _types(self, group: _Group) -> dict[str, Any]:
+        return {
+            "STORED": _TYPES[group.stored],
+            "BASED": group.based is not None,
+            "BASE_STORED": _TYPES[group.based or group.stored],
+            "ALIGN": group.align,
+            "EVEN": group.even,
+        }
+
+    def _no_numbers(self) -> Tensor:
+        return torch.zeros(1, dtype=torch.float32, device=self.device)
+
+    def _pcb_numbers(self, numbers: Mapping[str, Any]) -> Tensor:
+        table = np.zeros((self.tasks, 8), np.float32)
+        for task, (low, high) in enumerate(zip(numbers["low"], numbers["high"])):
+            table[task, :4] = low, high, high - low, _inverse(high - low)
+            if "cut" in numbers:
+                cut, top = numbers["cut"][task], numbers["top"][task]
+                keeps = numbers["keeps"][task]
+                table[task, 4:7] = cut, top - cut, _inverse(top - cut) if keeps else 0.0
+        return torch.from_numpy(table).to(self.device)
+
+    # -- the merge -------------------------------------------------------------------------------------------------------
+
+    def merge(self, formula: Formula, outs: Mapping[str, Tensor], scale: float = 1.0, onto_base: bool = False) -> bool:
+        """Writes the merged tensors; False where this formula is not known here.
+
+        Args:
+            formula: what the kernels compute.
+            outs: a contiguous tensor for each name, float32 (or the output's dtype).
+            scale: factor for the merged delta.
+            onto_base: add the base, rounding once to the output's dtype.
+        """
+        if formula.name not in _MERGES:
+            return False
+        kind = _MERGES[formula.name]
+        if kind == kernels.PCB:
+            numbers = self._pcb_numbers(formula.numbers)
+        elif kind == kernels.WEIGHTED_SUM:
+            numbers = self._no_numbers()
+        else:
+            table = np.zeros((self.tasks, 8), np.float32)
+            table[:, 0] = formula.numbers["thresholds"]
+            numbers = torch.from_numpy(table).to(self.device)
+        examine = self.squares is None
+        tilings, tiles = self._tilings(MERGE_BLOCK)
+        squares = torch.empty(self.tasks, tiles if examine else 0, dtype=torch.float32, device=self.device)
+        for group, tiling in tilings:
+            t = group.tables
+            places = torch.tensor([outs[entry.name].data_ptr() for entry in group.entries], dtype=torch.int64)
+            out = outs[group.entries[0].name].dtype
+            types = self._types(group)
+            if any(int(place) % 16 for place in places):
+                types["ALIGN"] = 1
+            kernels.merge_kernel[(tiling.tiles,)](
+                t["rows"], t["bases"], t["sizes"], places.to(self.device), t["weights"], tiling.tensor, tiling.start,
+                numbers, float(scale), squares, tiling.first, tiles,
+                TASKS=self.tasks, KIND=kind, **types, OUT=_TYPES[out], ONTO_BASE=onto_base,
+                NORMALIZE=bool(formula.numbers.get("normalize", False)), EXAMINE=examine, BLOCK_=MERGE_BLOCK,
+                num_warps=MERGE_WARPS, enable_fp_fusion=False,
+            )  # fmt: skip
+        if examine:
+            self.squares = squares.sum(1, dtype=torch.float64).tolist()
+        return True
+
+    def packed(self, formula: Formula) -> "Packed | None":
+        """PCB's parts for searches over the task weights; None where the formula is not that."""
+        if formula.name != "pcb parts" or self.tasks > 31:
+            return None
+        numbers = self._pcb_numbers(formula.numbers)
+        kind = torch.uint8 if self.tasks <= 8 else torch.int16 if self.tasks <= 15 else torch.int32
+        tilings, tiles = self._tilings(MERGE_BLOCK)
+        masks = torch.empty(tiles * MERGE_BLOCK, dtype=kind, device=self.device)
+        places = torch.empty(tiles, dtype=torch.int64, device=self.device)
+        values = torch.empty(formula.numbers["kept"], dtype=torch.float32, device=self.device)
+        cursor = torch.zeros(1, dtype=torch.int64, device=self.device)
+        for group, tiling in tilings:
+            t = group.tables
+            kernels.pack_kernel[(tiling.tiles,)](
+                t["rows"], t["bases"], t["sizes"], tiling.tensor, tiling.start, numbers, cursor, masks, places, values,
+                tiling.first,
+                TASKS=self.tasks, **self._types(group), BLOCK_=MERGE_BLOCK, num_warps=MERGE_WARPS,
+                enable_fp_fusion=False,
+            )  # fmt: skip
+        return Packed(self, masks, places, values)
+
+
+class Packed:
+    """The parts of a merge, one for each task: a bit mask for each element, and the values that are not zero."""
+
+    def __init__(self, resident: Resident, masks: Tensor, places: Tensor, values: Tensor):
+        self.tasks, self._masks, self._places, self._values = resident.tasks, masks, places, values
+        self._layout = [
+            ([entry.name for entry in group.entries], group.tables["sizes"], tiling, group.even)
+            for group, tiling in resident._tilings(MERGE_BLOCK)[0]
+        ]
+
+    def merged(self, weights: Sequence[float], outs: Mapping[str, Tensor]) -> None:
+        """Writes Σ_i λ_i P_i to `outs`."""
+        factors = torch.tensor(list(weights), dtype=torch.float32).to(self._masks.device)
+        for names, sizes, tiling, even in self._layout:
+            places = torch.tensor([outs[name].data_ptr() for name in names], dtype=torch.int64)
+            kernels.unpack_kernel[(tiling.tiles,)](
+                sizes, places.to(self._masks.device), factors, tiling.tensor, tiling.start, self._masks, self._places,
+                self._values, tiling.first,
+                TASKS=self.tasks, ALIGN=16 if all(int(p) % 16 == 0 for p in places) else 1, EVEN=even,
+                BLOCK_=MERGE_BLOCK, num_warps=MERGE_WARPS, enable_fp_fusion=False,
+            )  # fmt: skip
+
+
+def _inverse(value: float) -> float:
+    wide = float(np.float32(value))
+    return 1.0 / wide if wide else 0.0
+
+
+def _bracket_plan(
+    ranks: Sequence[Sequence[int]], numel: int, size: int, margin: float
+) -> tuple[Any, list[int], list[int], float]:
+    """Places in the sorted sample (its infinities included) of each row's brackets.
+
+    Returns:
+        places [task, bracket, 2]; the bracket of each rank; each bracket's kind; the largest share inside one.
+    """
+    wanted = np.asarray(ranks, np.float64)  # [task, rank]
+    share = wanted / max(1, numel - 1)
+    middle = share * (size - 1)
+    spread = np.sqrt(size * np.maximum(share * (1 - share), 1 / size))
+    first = np.floor(middle - margin * spread - 8).astype(np.int64)
+    last = np.ceil(middle + margin * spread + 8).astype(np.int64)
+    kinds: list[int] = []
+    bracket_of: list[int] = []
+    columns: list[tuple[Any, Any]] = []
+    for j in range(wanted.shape[1]):
+        kind = LOW_TAIL if (first[:, j] < 0).all() else HIGH_TAIL if (last[:, j] >= size).all() else INTERIOR
+        if kind != INTERIOR and kind in kinds:
+            at = kinds.index(kind)
+            low, high = columns[at]
+            columns[at] = (np.minimum(low, first[:, j]), np.maximum(high, last[:, j]))
+            bracket_of.append(at)
+            continue
+        bracket_of.append(len(kinds))
+        kinds.append(kind)
+        columns.append((first[:, j], last[:, j]))
+    places = np.stack([np.stack(pair, -1) for pair in columns], 1)  # [task, bracket, 2]
+    places = np.clip(places + 1, 0, size + 1)  # -inf sorts first
+    inside = max(float((places[..., 1] - places[..., 0]).max()) / size, 1 / size)
+    return np.ascontiguousarray(places), bracket_of, kinds, inside
+
+
+def _resolved(rank: int, counts: list[int], state: list[int], ends: list[float]) -> OrderStatistic | None:
+    """The statistic, if its bracket holds the rank and all that lies inside was kept."""
+    below, at_low, inside, at_high, over = counts
+    key, width, _, before, equal, *_ = state
+    if over > 0 or rank < below:
+        return None
+    if rank < below + at_low:
+        return OrderStatistic(ends[0] + 0.0, below, at_low)
+    if rank < below + at_low + inside:
+        if width != 0 or equal == 0:
+            return None
+        raw = key ^ 0x80000000 if key >> 31 else ~key & 0xFFFFFFFF
+        value = float(np.array(raw, np.uint32).view(np.float32))
+        return OrderStatistic(value + 0.0, below + at_low + before, equal)
+    if rank < below + at_low + inside + at_high:
+        return OrderStatistic(ends[1] + 0.0, below + at_low + inside, at_high)
+    return None
+
+
+__all__ = ["LEAST", "MOST_TASKS", "Entry", "Packed", "Resident"]

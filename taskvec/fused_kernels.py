@@ -1,0 +1,640 @@
+# mypy: disable-error-code="no-untyped-def"
+"""The kernels of `taskvec.fused`, in Triton. Imported only where Triton is installed.
+
+Every kernel gets tables of addresses, so one launch covers any number of tensors. All arithmetic that two launches
+compare is one sequence of separately rounded operations: launch with `enable_fp_fusion=False`, which keeps the compiler
+from contracting products and sums, so that a threshold found by one launch holds bit for bit in the next.
+"""
+
+import os
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # no libdevice and no assembly there
+
+INTERIOR, LOW_TAIL, HIGH_TAIL = 0, 1, 2
+MAGNITUDE, PCB_SCORE = 0, 1
+WEIGHTED_SUM, TRIMMED_SUM, TIES, PCB = 0, 1, 2, 3
+
+_LOW = tl.constexpr(LOW_TAIL)
+_HIGH = tl.constexpr(HIGH_TAIL)
+_SCORE = tl.constexpr(PCB_SCORE)
+_TRIMMED = tl.constexpr(TRIMMED_SUM)
+_TIES = tl.constexpr(TIES)
+_PCB = tl.constexpr(PCB)
+
+
+# -- arithmetic --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _exp(x):
+    if INTERPRETED:
+        return tl.exp(x)
+    return libdevice.exp(x)
+
+
+@triton.jit
+def _tanh(x):
+    if INTERPRETED:
+        square = x * x
+        near = x * (1.0 + square * (-0.3333333433 + square * (0.1333333403 + square * -0.0539682545)))
+        far = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
+        return tl.where(tl.abs(x) < 0.125, near, tl.where(x < 0, -far, far))
+    return libdevice.tanh(x)
+
+
+@triton.jit
+def _quotient(x, divisor, inverse):
+    """X / divisor, rounded once (two steps with the divisor's rounded inverse); 0 where the inverse is given as 0."""
+    guess = x * inverse
+    return tl.fma(tl.fma(-guess, divisor, x), inverse, guess)
+
+
+@triton.jit
+def _pcb_score(x, total, numbers, task, TASKS: tl.constexpr):
+    low = tl.load(numbers + task * 8)
+    high = tl.load(numbers + task * 8 + 1)
+    span = tl.load(numbers + task * 8 + 2)
+    inverse = tl.load(numbers + task * 8 + 3)
+    share = _quotient(tl.minimum(tl.maximum(tl.abs(x), low), high) - low, span, inverse)
+    return _exp(share * share * TASKS) * _tanh(x * total)
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _row(address, element, inside, STORED: tl.constexpr, ALIGN: tl.constexpr):
+    pointer = tl.multiple_of(tl.multiple_of(address, ALIGN).to(tl.pointer_type(STORED)), ALIGN)
+    return tl.load(pointer + element, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _delta(
+    rows,
+    tensor,
+    task,
+    base,
+    element,
+    inside,
+    TASKS: tl.constexpr,
+    STORED: tl.constexpr,
+    BASED: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    value = _row(tl.load(rows + tensor * TASKS + task), element, inside, STORED, ALIGN)
+    if BASED:
+        value = value - base
+    return value
+
+
+@triton.jit(do_not_specialize=["tensors", "numel", "runs", "pitch", "first"])
+def sample_kernel(
+    rows,
+    bases,
+    prefix,
+    tensors,
+    numel,
+    runs,
+    sample,
+    pitch,
+    first,
+    numbers,
+    TASKS: tl.constexpr,
+    KIND: tl.constexpr,
+    STORED: tl.constexpr,
+    BASED: tl.constexpr,
+    BASE_STORED: tl.constexpr,
+    STEPS: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    RUN_: tl.constexpr,
+):
+    """Values of elements drawn from equal strata, one run of neighbours in each, side by side in `sample`."""
+    column = tl.program_id(0) * SAMPLES + tl.arange(0, SAMPLES)
+    there = column < runs * RUN_
+    run = (column // RUN_).to(tl.int64)
+    begin = run * numel // runs
+    width = (run + 1) * numel // runs - begin
+    mixed = run.to(tl.uint32)
+    mixed = (mixed ^ (mixed >> 16)) * 0x7FEB352D
+    mixed = (mixed ^ (mixed >> 15)) * 0x846CA68B
+    mixed = mixed ^ (mixed >> 16)
+    room = tl.maximum(width - RUN_ + 1, 1)
+    position = tl.minimum(begin + mixed.to(tl.int64) % room + column % RUN_, numel - 1)
+    lower = tl.zeros([SAMPLES], dtype=tl.int32)
+    upper = tl.zeros([SAMPLES], dtype=tl.int32) + tensors
+    for _ in tl.static_range(STEPS):
+        middle = (lower + upper) // 2
+        right = tl.load(prefix + middle) <= position
+        lower = tl.where(right, middle, lower)
+        upper = tl.where(right, upper, middle)
+    element = position - tl.load(prefix + lower)
+    base = tl.zeros([SAMPLES], dtype=tl.float32)
+    if BASED:
+        base = tl.load(tl.load(bases + lower).to(tl.pointer_type(BASE_STORED)) + element, mask=there, other=0.0).to(
+            tl.float32
+        )
+    total = tl.zeros([SAMPLES], dtype=tl.float32)
+    if KIND == _SCORE:
+        for task in tl.static_range(TASKS):
+            pointer = tl.load(rows + lower * TASKS + task).to(tl.pointer_type(STORED))
+            x = tl.load(pointer + element, mask=there, other=0.0).to(tl.float32) - base
+            total = x if task == 0 else total + x
+    for task in tl.static_range(TASKS):
+        pointer = tl.load(rows + lower * TASKS + task).to(tl.pointer_type(STORED))
+        x = tl.load(pointer + element, mask=there, other=0.0).to(tl.float32) - base
+        if KIND == _SCORE:
+            value = _pcb_score(x, total, numbers, task, TASKS)
+        else:
+            value = tl.abs(x)
+        tl.store(sample + task * pitch + first + column, value, mask=there)
+
+
+# -- counting ----------------------------------------------------------------------------------------------------------
+
+# a branch around the rare case; Triton itself would predicate every instruction of it for every element
+_APPEND = tl.constexpr(
+    """
+    {
+    .reg .pred hit, room;
+    .reg .u32 place;
+    .reg .u64 address;
+    setp.ne.s32 hit, $1, 0;
+    mov.u32 $0, 0;
+    @!hit bra DONE;
+    atom.global.add.u32 place, [$2], 1;
+    setp.lt.u32 room, place, $4;
+    mad.wide.u32 address, place, 4, $3;
+    @room st.global.f32 [address], $5;
+    DONE:
+    }
+    """
+)
+
+
+@triton.jit
+def _append(value, hit, counter, shelf, capacity, BLOCK_: tl.constexpr):
+    """Puts the values that hit onto a list, in any order; the counter goes on past its end."""
+    if INTERPRETED:
+        place = tl.atomic_add(counter + tl.zeros([BLOCK_], dtype=tl.int32), 1, mask=hit, sem="relaxed")
+        tl.store(shelf + place, value, mask=hit & (place < capacity))
+    else:
+        tl.inline_asm_elementwise(
+            _APPEND,
+            "=r,r,l,l,r,f",
+            [hit.to(tl.int32), counter.to(tl.int64), shelf.to(tl.int64), capacity, value],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def _field(claim, FIELD: tl.constexpr):
+    return tl.where(claim, 1 << (16 * (FIELD % 2)), 0)
+
+
+@triton.jit(do_not_specialize=["capacity", "first", "tiles"])
+def count_kernel(
+    rows,
+    bases,
+    sizes,
+    tile_tensor,
+    tile_start,
+    ends,
+    numbers,
+    words,
+    squares,
+    held,
+    lists,
+    capacity,
+    first,
+    tiles,
+    TASKS: tl.constexpr,
+    KIND: tl.constexpr,
+    STORED: tl.constexpr,
+    BASED: tl.constexpr,
+    BASE_STORED: tl.constexpr,
+    ALIGN: tl.constexpr,
+    EVEN: tl.constexpr,
+    BRACKETS: tl.constexpr,
+    KINDS: tl.constexpr,
+    FIELDS: tl.constexpr,
+    WORDS: tl.constexpr,
+    EXAMINE: tl.constexpr,
+    BLOCK_: tl.constexpr,
+    BUCKETS_: tl.constexpr,
+    PAD_: tl.constexpr,
+):
+    """Each row of one tile against its brackets: counts into `words`, values strictly inside onto the row's lists."""
+    tile = tl.program_id(0)
+    tensor = tl.load(tile_tensor + tile).to(tl.int64)
+    start = tl.multiple_of(tl.load(tile_start + tile), BLOCK_)
+    size = tl.multiple_of(tl.load(sizes + tensor), EVEN)
+    element = start + tl.arange(0, BLOCK_)
+    inside = element < size
+    base = tl.zeros([BLOCK_], dtype=tl.float32)
+    if BASED:
+        base = _row(tl.load(bases + tensor), element, inside, BASE_STORED, ALIGN)
+    total = tl.zeros([BLOCK_], dtype=tl.float32)
+    if KIND == _SCORE:
+        for task in tl.static_range(TASKS):
+            x = _delta(rows, tensor, task, base, element, inside, TASKS, STORED, BASED, ALIGN)
+            total = x if task == 0 else total + x
+    for task in tl.static_range(TASKS):
+        x = _delta(rows, tensor, task, base, element, inside, TASKS, STORED, BASED, ALIGN)
+        if EXAMINE:
+            tl.store(squares + task * tiles + first + tile, tl.sum(x * x))
+        if KIND == _SCORE:
+            value = _pcb_score(x, total, numbers, task, TASKS)
+        else:
+            value = tl.abs(x)
+        value = tl.where(inside, value, float("nan"))  # compares false with everything
+        hit = value != value
+        for bracket in tl.static_range(BRACKETS):
+            low = tl.load(ends + (task * BRACKETS + bracket) * 2)
+            high = tl.load(ends + (task * BRACKETS + bracket) * 2 + 1)
+            if (KINDS >> (2 * bracket)) & 3 == _LOW:
+                inner = value < high
+            elif (KINDS >> (2 * bracket)) & 3 == _HIGH:
+                inner = value > low
+            else:
+                inner = (value > low) & (value < high)
+            hit = inner if bracket == 0 else hit | inner
+        shelf = task * BUCKETS_ + tile % BUCKETS_
+        _append(value, hit, held + shelf * PAD_, lists + shelf.to(tl.int64) * capacity, capacity, BLOCK_)
+        for word in tl.static_range(WORDS):
+            packed = tl.zeros([BLOCK_], dtype=tl.int32)
+            for bracket in tl.static_range(BRACKETS):
+                low = tl.load(ends + (task * BRACKETS + bracket) * 2)
+                high = tl.load(ends + (task * BRACKETS + bracket) * 2 + 1)
+                if (KINDS >> (2 * bracket)) & 3 == _LOW:
+                    if ((FIELDS >> (4 * bracket)) & 15) // 2 == word:
+                        packed += _field(value == high, (FIELDS >> (4 * bracket)) & 15)
+                elif (KINDS >> (2 * bracket)) & 3 == _HIGH:
+                    if ((FIELDS >> (4 * bracket)) & 15) // 2 == word:
+                        packed += _field(value == low, (FIELDS >> (4 * bracket)) & 15)
+                else:
+                    if ((FIELDS >> (4 * bracket)) & 15) // 2 == word:
+                        packed += _field(value < low, (FIELDS >> (4 * bracket)) & 15)
+                    if (((FIELDS >> (4 * bracket)) & 15) + 1) // 2 == word:
+                        packed += _field(value == low, ((FIELDS >> (4 * bracket)) & 15) + 1)
+                    if (((FIELDS >> (4 * bracket)) & 15) + 2) // 2 == word:
+                        packed += _field(value == high, ((FIELDS >> (4 * bracket)) & 15) + 2)
+            tl.store(words + (task * WORDS + word) * tiles + first + tile, tl.sum(packed))
+
+
+@triton.jit
+def _key(value):
+    """Whole numbers in the order of the floats; -0.0 counts as +0.0."""
+    raw = (value + 0.0).to(tl.int32, bitcast=True).to(tl.int64)
+    return tl.where(raw < 0, -1 - raw, raw + 0x80000000)
+
+
+@triton.jit
+def _summed(words, tiles, task, number, WORDS: tl.constexpr, STEP: tl.constexpr):
+    """One field of the counts, summed over all tiles."""
+    total = tl.zeros([STEP], dtype=tl.int32)
+    begin_of = words + (task * WORDS + number // 2) * tiles
+    for begin in range(0, tiles, STEP):
+        tile = begin + tl.arange(0, STEP)
+        word = tl.load(begin_of + tile, mask=tile < tiles, other=0)
+        total += (word >> (16 * (number % 2))) & 0xFFFF
+    return tl.sum(total.to(tl.int64))
+
+
+@triton.jit(do_not_specialize=["tiles", "capacity", "numel"])
+def resolve_kernel(
+    words,
+    tiles,
+    held,
+    capacity,
+    ends,
+    ranks,
+    bracket_of,
+    counts,
+    state,
+    numel,
+    RANKS: tl.constexpr,
+    BRACKETS: tl.constexpr,
+    KINDS: tl.constexpr,
+    FIELDS: tl.constexpr,
+    WORDS: tl.constexpr,
+    BUCKETS_: tl.constexpr,
+    PAD_: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """One (task, rank): sums the counts of its bracket and sets up the selection among the values inside.
+
+    `counts` gets below, at the low end, inside (later), at the high end, overflow; `state` origin, width in bits, rank
+    inside, below, equal, and the keys of the bracket's ends.
+    """
+    place = tl.program_id(0)
+    task = place // RANKS
+    bracket = tl.load(bracket_of + place % RANKS)
+    slot = task * BRACKETS + bracket
+    kind = (KINDS >> (2 * bracket)) & 3
+    number = (FIELDS >> (4 * bracket)) & 15
+    one = _summed(words, tiles, task, number, WORDS, STEP)
+    rank = tl.load(ranks + place)
+    if kind == 0:
+        two = _summed(words, tiles, task, number + 1, WORDS, STEP)
+        tl.store(counts + place * 5, one)
+        tl.store(counts + place * 5 + 1, two)
+        tl.store(counts + place * 5 + 3, _summed(words, tiles, task, number + 2, WORDS, STEP))
+        tl.store(state + place * 7 + 2, rank - one - two)
+    elif kind == 1:
+        tl.store(counts + place * 5, one * 0)
+        tl.store(counts + place * 5 + 1, one * 0)
+        tl.store(counts + place * 5 + 3, one)
+        tl.store(state + place * 7 + 2, rank)
+    else:
+        tl.store(counts + place * 5, numel - one)  # less what is inside, once that is known
+        tl.store(counts + place * 5 + 1, one)
+        tl.store(counts + place * 5 + 3, one * 0)
+        tl.store(state + place * 7 + 2, rank - numel)
+    kept = tl.load(held + (task * BUCKETS_ + tl.arange(0, BUCKETS_)) * PAD_)
+    tl.store(counts + place * 5 + 2, one * 0)
+    tl.store(counts + place * 5 + 4, tl.max(kept).to(tl.int64) - capacity)
+    low = _key(tl.load(ends + slot * 2))
+    high = _key(tl.load(ends + slot * 2 + 1))
+    width = low * 0
+    for _ in tl.static_range(33):
+        width += tl.where((high - low) >> width > 0, 1, 0)
+    tl.store(state + place * 7, low)
+    tl.store(state + place * 7 + 1, width)
+    tl.store(state + place * 7 + 3, low * 0)
+    tl.store(state + place * 7 + 4, low * 0)
+    tl.store(state + place * 7 + 5, low)
+    tl.store(state + place * 7 + 6, high)
+
+
+@triton.jit(do_not_specialize=["capacity"])
+def digit_kernel(
+    lists,
+    held,
+    capacity,
+    state,
+    bins,
+    RANKS: tl.constexpr,
+    BUCKETS_: tl.constexpr,
+    PAD_: tl.constexpr,
+    DIGIT_: tl.constexpr,
+    BITS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Counts one digit of the keys that still may be the wanted one."""
+    place = tl.program_id(0)
+    shelf = place // RANKS * BUCKETS_ + tl.program_id(1)
+    kept = tl.minimum(tl.load(held + shelf * PAD_), capacity)
+    begin = tl.program_id(2) * STEP
+    if begin < kept:
+        origin = tl.load(state + place * 7)
+        width = tl.load(state + place * 7 + 1)
+        low = tl.load(state + place * 7 + 5)
+        high = tl.load(state + place * 7 + 6)
+        shift = tl.maximum(width - BITS, 0)
+        item = begin + tl.arange(0, STEP)
+        key = _key(tl.load(lists + shelf.to(tl.int64) * capacity + item, mask=item < kept, other=0.0))
+        offset = key - origin
+        live = (item < kept) & (key > low) & (key < high) & (offset >= 0) & (offset >> width == 0)
+        tl.atomic_add(bins + place * DIGIT_ + tl.where(live, offset >> shift, 0), 1, mask=live, sem="relaxed")
+
+
+@triton.jit
+def pick_kernel(
+    counts,
+    state,
+    bins,
+    bracket_of,
+    RANKS: tl.constexpr,
+    KINDS: tl.constexpr,
+    FIRST: tl.constexpr,
+    DIGIT_: tl.constexpr,
+    BITS: tl.constexpr,
+):
+    """Finds the bin that holds the wanted rank, narrows the state to it and clears the bins."""
+    place = tl.program_id(0)
+    index = tl.arange(0, DIGIT_)
+    number = tl.load(bins + place * DIGIT_ + index).to(tl.int64)
+    tl.store(bins + place * DIGIT_ + index, tl.zeros([DIGIT_], dtype=tl.int32))
+    rank = tl.load(state + place * 7 + 2)
+    if FIRST:
+        inside = tl.sum(number)
+        high_tail = (KINDS >> (2 * tl.load(bracket_of + place % RANKS))) & 3 == _HIGH
+        tl.store(counts + place * 5 + 2, inside)
+        below = tl.load(counts + place * 5)
+        tl.store(counts + place * 5, tl.where(high_tail, below - inside, below))
+        rank += tl.where(high_tail, inside, 0)
+    upto = tl.cumsum(number, 0)
+    digit = tl.sum((upto <= rank).to(tl.int64))
+    before = tl.sum(tl.where(index < digit, number, 0))
+    equal = tl.sum(tl.where(index == digit, number, 0))
+    width = tl.load(state + place * 7 + 1)
+    shift = tl.maximum(width - BITS, 0)
+    tl.store(state + place * 7, tl.load(state + place * 7) + (digit << shift))
+    tl.store(state + place * 7 + 1, shift)
+    tl.store(state + place * 7 + 2, rank - before)
+    tl.store(state + place * 7 + 3, tl.load(state + place * 7 + 3) + before)
+    tl.store(state + place * 7 + 4, equal)
+
+
+# -- merging -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _pcb_weight(score, numbers, task):
+    cut = tl.load(numbers + task * 8 + 4)
+    reach = tl.load(numbers + task * 8 + 5)
+    inverse = tl.load(numbers + task * 8 + 6)
+    return _quotient(tl.maximum(score, cut) - cut, reach, inverse)
+
+
+@triton.jit
+def _pcb_clipped(x, numbers, task):
+    low = tl.load(numbers + task * 8)
+    high = tl.load(numbers + task * 8 + 1)
+    size = tl.minimum(tl.maximum(tl.abs(x), low), high)
+    return tl.where(x > 0, size, tl.where(x < 0, -size, 0.0))
+
+
+@triton.jit(do_not_specialize=["first", "tiles"])
+def merge_kernel(
+    rows,
+    bases,
+    sizes,
+    outs,
+    weights,
+    tile_tensor,
+    tile_start,
+    numbers,
+    scale,
+    squares,
+    first,
+    tiles,
+    TASKS: tl.constexpr,
+    KIND: tl.constexpr,
+    STORED: tl.constexpr,
+    BASED: tl.constexpr,
+    BASE_STORED: tl.constexpr,
+    OUT: tl.constexpr,
+    ONTO_BASE: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    EXAMINE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_: tl.constexpr,
+):
+    """One tile of the merge, written to its place."""
+    tile = tl.program_id(0)
+    tensor = tl.load(tile_tensor + tile).to(tl.int64)
+    start = tl.multiple_of(tl.load(tile_start + tile), BLOCK_)
+    size = tl.multiple_of(tl.load(sizes + tensor), EVEN)
+    element = start + tl.arange(0, BLOCK_)
+    inside = element < size
+    base = tl.zeros([BLOCK_], dtype=tl.float32)
+    if BASED:
+        base = _row(tl.load(bases + tensor), element, inside, BASE_STORED, ALIGN)
+    total = tl.zeros([BLOCK_], dtype=tl.float32)
+    for task in tl.static_range(TASKS):
+        x = _delta(rows, tensor, task, base, element, inside, TASKS, STORED, BASED, ALIGN)
+        if EXAMINE:
+            tl.store(squares + task * tiles + first + tile, tl.sum(x * x))
+        if KIND == _TRIMMED or KIND == _TIES:  # noqa: SIM109 - a tuple test is not Triton
+            x = tl.where(tl.abs(x) >= tl.load(numbers + task * 8), x, 0.0)
+        if KIND != _PCB:
+            x = x * tl.load(weights + tensor * TASKS + task)
+        total = x if task == 0 else total + x
+    if KIND == _TIES:
+        positive = total >= 0
+        merged = tl.zeros([BLOCK_], dtype=tl.float32)
+        agreed = tl.zeros([BLOCK_], dtype=tl.float32)
+        for task in tl.static_range(TASKS):
+            x = _delta(rows, tensor, task, base, element, inside, TASKS, STORED, BASED, ALIGN)
+            x = tl.where(tl.abs(x) >= tl.load(numbers + task * 8), x, 0.0)
+            weight = tl.load(weights + tensor * TASKS + task)
+            agrees = tl.where(positive, x > 0, x < 0)
+            merged += tl.where(agrees, x * weight, 0.0)
+            agreed += tl.where(agrees, weight, 0.0)
+        if NORMALIZE:
+            merged = tl.div_rn(merged, tl.where(agreed == 0, 1.0, agreed))
+    elif KIND == _PCB:
+        merged = tl.zeros([BLOCK_], dtype=tl.float32)
+        divisor = tl.zeros([BLOCK_], dtype=tl.float32)
+        for task in tl.static_range(TASKS):
+            x = _delta(rows, tensor, task, base, element, inside, TASKS, STORED, BASED, ALIGN)
+            share = _pcb_weight(_pcb_score(x, total, numbers, task, TASKS), numbers, task)
+            merged += _pcb_clipped(x, numbers, task) * share * tl.load(weights + tensor * TASKS + task)
+            divisor += share
+        merged = tl.div_rn(merged, tl.maximum(divisor, 1e-12))
+    else:
+        merged = total
+    merged = merged * scale
+    if ONTO_BASE:
+        merged = base + merged
+    pointer = tl.multiple_of(tl.multiple_of(tl.load(outs + tensor), ALIGN).to(tl.pointer_type(OUT)), ALIGN)
+    tl.store(pointer + element, merged.to(OUT), mask=inside)
+
+
+# -- contributions -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["first"])
+def pack_kernel(
+    rows,
+    bases,
+    sizes,
+    tile_tensor,
+    tile_start,
+    numbers,
+    cursor,
+    masks,
+    places,
+    values,
+    first,
+    TASKS: tl.constexpr,
+    STORED: tl.constexpr,
+    BASED: tl.constexpr,
+    BASE_STORED: tl.constexpr,
+    ALIGN: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_: tl.constexpr,
+):
+    """PCB's parts P_i of one tile: a bit mask of the tasks that keep each element, and their values side by side."""
+    tile = tl.program_id(0)
+    tensor = tl.load(tile_tensor + tile).to(tl.int64)
+    start = tl.multiple_of(tl.load(tile_start + tile), BLOCK_)
+    size = tl.multiple_of(tl.load(sizes + tensor), EVEN)
+    element = start + tl.arange(0, BLOCK_)
+    inside = element < size
+    base = tl.zeros([BLOCK_], dtype=tl.float32)
+    if BASED:
+        base = _row(tl.load(bases + tensor), element, inside, BASE_STORED, ALIGN)
+    total = tl.zeros([BLOCK_], dtype=tl.float32)
+    for task in tl.static_range(TASKS):
+        x = _delta(rows, tensor, task, base, element, inside, TASKS, STORED, BASED, ALIGN)
+        total = x if task == 0 else total + x
+    divisor = tl.zeros([BLOCK_], dtype=tl.float32)
+    mask = tl.zeros([BLOCK_], dtype=tl.int32)
+    for task in tl.static_range(TASKS):
+        x = _delta(rows, tensor, task, base, element, inside, TASKS, STORED, BASED, ALIGN)
+        share = _pcb_weight(_pcb_score(x, total, numbers, task, TASKS), numbers, task)
+        divisor += share
+        mask = mask | (((_pcb_clipped(x, numbers, task) * share != 0) & inside).to(tl.int32) << task)
+    divisor = tl.maximum(divisor, 1e-12)
+    count = tl.zeros([BLOCK_], dtype=tl.int32)
+    for task in tl.static_range(TASKS):
+        count += (mask >> task) & 1
+    upto = tl.cumsum(count, 0)
+    here = tl.atomic_add(cursor, tl.sum(count).to(tl.int64), sem="relaxed")
+    tl.store(places + first + tile, here)
+    slot = (first + tile).to(tl.int64) * BLOCK_ + tl.arange(0, BLOCK_)
+    tl.store(masks + slot, mask.to(masks.dtype.element_ty))
+    place = here + (upto - count)
+    for task in tl.static_range(TASKS):
+        x = _delta(rows, tensor, task, base, element, inside, TASKS, STORED, BASED, ALIGN)
+        share = _pcb_weight(_pcb_score(x, total, numbers, task, TASKS), numbers, task)
+        there = (mask >> task) & 1
+        tl.store(values + place, tl.div_rn(_pcb_clipped(x, numbers, task) * share, divisor), mask=there != 0)
+        place += there
+
+
+@triton.jit(do_not_specialize=["first"])
+def unpack_kernel(
+    sizes,
+    outs,
+    weights,
+    tile_tensor,
+    tile_start,
+    masks,
+    places,
+    values,
+    first,
+    TASKS: tl.constexpr,
+    ALIGN: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_: tl.constexpr,
+):
+    """Σ_i λ_i P_i of one tile, from the packed parts."""
+    tile = tl.program_id(0)
+    tensor = tl.load(tile_tensor + tile).to(tl.int64)
+    start = tl.multiple_of(tl.load(tile_start + tile), BLOCK_)
+    size = tl.multiple_of(tl.load(sizes + tensor), EVEN)
+    lane = tl.arange(0, BLOCK_)
+    element = start + lane
+    mask = tl.load(masks + (first + tile).to(tl.int64) * BLOCK_ + lane).to(tl.int32)
+    count = tl.zeros([BLOCK_], dtype=tl.int32)
+    for task in tl.static_range(TASKS):
+        count += (mask >> task) & 1
+    place = tl.load(places + first + tile) + (tl.cumsum(count, 0) - count)
+    merged = tl.zeros([BLOCK_], dtype=tl.float32)
+    for task in tl.static_range(TASKS):
+        there = (mask >> task) & 1
+        part = tl.load(values + place, mask=there != 0, other=0.0)
+        merged += part * tl.load(weights + task)
+        place += there
+    pointer = tl.multiple_of(tl.multiple_of(tl.load(outs + tensor), ALIGN).to(tl.pointer_type(tl.float32)), ALIGN)
+    tl.store(pointer + element, merged, mask=element < size)
