@@ -46,8 +46,9 @@ from taskvec.writer import check_output, write_durably
 Other = Literal["refuse", "save", "drop"]
 Solver = Literal["auto", "exact", "randomised"]
 
-# above this side the full decomposition is left to the randomised one; its cost is cubic
-_FULL_SVD = 2048
+# up to this side a full decomposition costs no more than drawing directions. At 1024 x 2816 and rank 16 drawing takes
+# 0.2 s against 1.3 s; it misses 0.336877 of a decaying spectrum (the best: 0.336876), of noise 0.9820 (0.9807)
+_FULL_SVD = 512
 _OVERSAMPLING = 16
 _POWER_ITERATIONS = 4
 
@@ -149,6 +150,20 @@ def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return left.to(matrix.dtype), values.to(matrix.dtype), right.to(matrix.dtype)
 
 
+def _full_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A thin SVD; of a float32 matrix by its Gram matrix in float64, as accurate as LAPACK in float32 and cheaper."""
+    if matrix.dtype == torch.float64:
+        return _svd(matrix)
+    if matrix.shape[0] > matrix.shape[1]:
+        left, values, right = _full_svd(matrix.T)
+        return right.T, values, left.T
+    wide = matrix.double()
+    squares, left = torch.linalg.eigh(wide @ wide.T)
+    left, values = left.flip(1), squares.flip(0).clamp(min=0).sqrt()
+    right = left.T @ wide / values.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
+    return left, values, right
+
+
 def _product_svd(product: LowRank) -> tuple[Tensor, Tensor, Tensor]:
     """The SVD of a product from its factors alone: two thin QRs and a square of the rank's size, in float64."""
     outer, upper = torch.linalg.qr(product.left.double())
@@ -177,9 +192,9 @@ def _randomised_svd(matrix: Tensor, rank: int, seed: int, name: str) -> tuple[Te
     return span @ left, values, right
 
 
-def _enough(values: Tensor, total: float, rank: Rank, shape: tuple[int, int], eps: float) -> int:
+def _enough(values: Tensor, total: float, rank: Rank, eps: float) -> int:
     """How many singular values (descending) are kept."""
-    alive = int((values > values[0] * max(shape) * eps).sum()) if values.numel() else 0
+    alive = int((values > values[0] * eps).sum()) if values.numel() else 0
     if rank.kind == "rank":
         return min(int(rank.value), alive)
     if rank.kind == "energy":
@@ -199,7 +214,7 @@ def low_rank_of(
         rank: see `Rank`.
         name: keys the random start of the randomised solver and stands in messages.
         solver: for a dense delta: "exact" (full SVD), "randomised" (subspace iteration), or "auto" (exact up to a
-            smaller side of 2048).
+            smaller side of 512).
         seed: of the randomised solver.
 
     Raises:
@@ -214,24 +229,29 @@ def low_rank_of(
         if rank.kind != "energy" and delta.rank <= most:
             return delta
         left, values, right = _product_svd(delta)
-        kept = _enough(values, float(values.double().square().sum()), rank, (rows, columns), 1e-15)
+        kept = _enough(values, float(values.double().square().sum()), rank, 1e-13)
         return _balanced(left, values, right, kept, delta.left.dtype, delta.shape)
     dtype = compute_dtype(delta.dtype)
     matrix = finite(delta, name, "the delta").to(dtype).reshape(matrix_shape(tuple(delta.shape)))
-    shape, total = (matrix.shape[0], matrix.shape[1]), float(matrix.double().square().sum())
-    small, eps = min(shape), torch.finfo(dtype).eps
-    if solver == "exact" or rank.kind == "exact" or (solver == "auto" and small <= _FULL_SVD):
-        left, values, right = _svd(matrix)
+    total = float(matrix.double().square().sum())
+    small, eps = min(matrix.shape), 8 * torch.finfo(dtype).eps
+    # beyond half of all directions there is nothing to gain from drawing a few of them
+    many = rank.kind == "rank" and 2 * (rank.value + _OVERSAMPLING) > small
+    if solver == "exact" or rank.kind == "exact" or many or (solver == "auto" and small <= _FULL_SVD):
+        left, values, right = _full_svd(matrix)
     else:
         guess = int(rank.value) if rank.kind == "rank" else 32
         while True:
             left, values, right = _randomised_svd(matrix, guess, seed, name)
             # the values found are lower bounds, so a share that they reach is reached
             reached = float(values[:guess].double().square().sum()) >= rank.value * total
-            if rank.kind == "rank" or reached or guess >= small:
+            if rank.kind == "rank" or reached:
                 break
-            guess = min(2 * guess, small)
-    kept = _enough(values, total, rank, shape, eps)
+            guess *= 2
+            if guess > small // 2:
+                left, values, right = _full_svd(matrix)
+                break
+    kept = _enough(values, total, rank, eps)
     return _balanced(left, values, right, kept, dtype, tuple(delta.shape))
 
 
@@ -303,8 +323,11 @@ class _Live:
         kind = getattr(transformers, str(kinds[0]), None)
         if kind is None:
             return None
-        with torch.device("meta"):
-            return kind(transformers.AutoConfig.from_pretrained(path, trust_remote_code=False))
+        try:
+            with torch.device("meta"):
+                return kind(transformers.AutoConfig.from_pretrained(path, trust_remote_code=False))
+        except (ValueError, TypeError, KeyError, AttributeError, ImportError, OSError):
+            return None  # a configuration of another version, or of code that is not run here: names have to do
 
     def path(self, name: str) -> str | None:
         """The live path of a tensor, or None where the live model has no such tensor (fused experts)."""

@@ -304,16 +304,26 @@ class _Opening:
     def _canonical(self, name: str) -> str:
         return self.base.aliases.get(name, name)
 
+    def _has_language_head(self) -> bool | None:
+        """Whether the live model predicts tokens, with a head that may be tied; None where nothing says so."""
+        task = self.config["task_type"]
+        if task is not None:
+            return task in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+        kinds = (getattr(self.base, "config", None) or {}).get("architectures")
+        return (
+            bool(re.search(r"LMHead|CausalLM|MaskedLM|ConditionalGeneration|PreTraining", kinds[0])) if kinds else None
+        )
+
     def _is_tied(self, name: str) -> bool:
         """Whether another module of the live model uses this tensor too."""
+        if self._has_language_head() is False:
+            return False
         if name in self.base.aliases.values():
             return True
-        if name != self._input_embedding() or self._says_tied() is False:
+        if name != self._input_embedding() or self._says_tied() is False or not self._has_language_head():
             return False
-        head = any(
-            is_head(other) and info.shape == self.base.infos[name].shape for other, info in self.base.infos.items()
-        )
-        return not head and (bool(self._says_tied()) or self.config["task_type"] in ("CAUSAL_LM", "SEQ_2_SEQ_LM"))
+        shape = self.base.infos[name].shape
+        return not any(is_head(other) and info.shape == shape for other, info in self.base.infos.items())
 
     def _one_per_tensor(self) -> dict[str, Change]:
         result: dict[str, Change] = {}

@@ -198,6 +198,35 @@ def test_fused_experts(proven, mixtral, tokens, parameters):
     assert adapter.infos["model.layers.0.mlp.experts.down_proj"].shape == (3, 32, 48)
 
 
+def test_a_router_that_is_a_bare_matrix(proven, mixtral, tokens):
+    config = LoraConfig(r=2, lora_alpha=16, target_modules=[], target_parameters=["mlp.gate.weight"])
+    adapter = proven(mixtral, config, tokens).adapter
+    assert adapter.low_rank("model.layers.0.mlp.gate.weight").rank == 2
+
+
+def test_both_towers_of_clip(proven, pixels):
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = sizes | {"vocab_size": 61, "max_position_embeddings": 12, "bos_token_id": 0, "eos_token_id": 60}
+    vision = sizes | {"image_size": 16, "patch_size": 4}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
+
+    class Scores(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.clip = model
+
+        def forward(self, **inputs):
+            return self.clip(**inputs).logits_per_text
+
+    inputs = pixels | {"input_ids": torch.arange(20).reshape(2, 10)}
+    targets = ["q_proj", "fc2", "patch_embedding", "token_embedding", "text_projection"]
+    adapter = proven(Scores(), LoraConfig(r=4, target_modules=targets), inputs).adapter
+    assert {name.split(".")[1] for name in adapter.infos} == {"text_model", "vision_model", "text_projection"}
+
+
 def test_tokens_of_tied_embeddings_are_changed_once(proven, tied_llama, tokens):
     adapter = proven(
         tied_llama, LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[1, 2, 3]), tokens

@@ -335,6 +335,21 @@ def test_both_uses_of_a_tied_tensor_are_what_merge_and_unload_makes(tied_llama, 
         torch.testing.assert_close(tied_llama.state_dict()[name] + adapter.read(name), merged[name])
 
 
+def test_embeddings_of_a_model_without_a_language_head_are_not_tied(bert, tied_llama, saved_adapter, tmp_path):
+    from taskvec.checkpoint import Checkpoint
+
+    # BERT's configuration says tie_word_embeddings, but a classifier has no head to tie
+    bert = copy.deepcopy(bert)
+    bert.config.tie_word_embeddings = True
+    bert.save_pretrained(tmp_path / "bert")
+    folder = saved_adapter(bert, LoraConfig(r=4, target_modules=["word_embeddings"]), tmp_path / "a")
+    assert Adapter.open(folder, Checkpoint.open(tmp_path / "bert")).infos
+    folder = saved_adapter(tied_llama, LoraConfig(r=4, target_modules=["embed_tokens"]), tmp_path / "b")
+    with pytest.raises(UnsupportedAdapterError, match="its output head"):
+        Adapter.open(folder, in_memory(tied_llama))
+    assert Adapter.open(configured(folder, task_type="SEQ_CLS"), in_memory(tied_llama)).infos
+
+
 def test_tied_is_one_of_two_words(folder, llama):
     with pytest.raises(ValueError, match="expected 'refuse' or 'both'"):
         Adapter.open(folder, in_memory(llama), tied="neither")

@@ -161,7 +161,7 @@ def test_norms_and_biases_are_refused_by_name_saved_or_dropped(bert, tokens, tmp
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_tied_head_gets_the_same_change_as_its_embedding(family, tied_llama, tokens, tmp_path, loads):
+def test_a_tied_head_gets_the_same_change_as_its_embedding(family, tied_llama, tokens, tmp_path, loads, logits):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -180,6 +180,12 @@ def test_a_tied_head_gets_the_same_change_as_its_embedding(family, tied_llama, t
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["task_type"] == "CAUSAL_LM"
     assert config["base_model_name_or_path"] == str(tmp_path / "base")
+    from peft import AutoPeftModelForCausalLM
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(loaded, tokens), logits(tuned, tokens), atol=1e-4, rtol=0)
 
 
 def test_names_on_disk_without_their_prefix_become_live_paths(gpt2, tokens, tmp_path, loads):
