@@ -263,17 +263,17 @@ class Coefficients:
                 problems.append(f"the tasks stand in another order: {list(self.tasks)} there, {list(tasks)} here.")
         if names is not None:
             here = list(names)
+            there = set(here)
+            spellings: dict[str, list[str]] = {}
+            for alias, name in self.aliases.items():
+                spellings.setdefault(name, []).append(alias)
             known = {*self.regions, *self.kept, *self.aliases}
             unknown = [name for name in here if name not in known]
-            missing = [name for name in self.regions if name not in set(here)]
+            missing = [n for n in self.regions if n not in there and not there.intersection(spellings.get(n, ()))]
             if unknown:
-                problems.append(
-                    f"no coefficient for {shortened(unknown)}." + did_you_mean(unknown[0], self.regions)
-                    if len(unknown) == 1
-                    else f"no coefficient for {len(unknown)} tensors: {shortened(unknown)}."
-                )
+                problems.append(f"no coefficient for {shortened(unknown)}." + did_you_mean(unknown[0], self.regions))
             if missing:
-                problems.append(f"learned for {shortened(missing)}, not in this model.")
+                problems.append(f"learned for {shortened(missing)}, which this merge lacks or leaves out.")
         if problems:
             raise MismatchError(problems, title=f"{source} do not fit this merge")
 

@@ -1,6 +1,7 @@
 """Where the task vectors lie while coefficients are learned: on the device, in host memory, or in a file."""
 
 import math
+import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from taskvec.errors import MismatchError, NonFiniteError, Problems, UsageError, did_you_mean
+from taskvec.errors import MismatchError, NonFiniteError, OutputError, Problems, UsageError, did_you_mean
 from taskvec.source import LowRank, TensorInfo
 
 Place = Literal["model", "cpu", "pinned", "disk"]
@@ -107,7 +108,6 @@ class Bank:
             )
         self.place: Place = place
         self.tasks = tuple(vectors)
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._wanted = dict(wanted)
         holders = _holders(vectors, wanted, renamed or {})
         self.blocks: dict[str, Block] = {}
@@ -119,9 +119,7 @@ class Bank:
                     numel *= extent
                 kind = _stored_dtype(dtype, wanted[name][2])
                 size += -(-len(sources) * numel * kind.itemsize // _ALIGNMENT) * _ALIGNMENT
-            self._folder = tempfile.TemporaryDirectory(prefix="taskvec-bank-", dir=folder)
-            path = str(Path(self._folder.name) / "bank")
-            self._file = torch.from_file(path, shared=True, size=max(size, 1), dtype=torch.uint8)
+            self._file = _mapped(max(size, 1), folder)
             self._used = 0
         for name, sources in holders.items():
             block = self._stored(name, sources, vectors, _stored_dtype(dtype, wanted[name][2]), dtype)
@@ -208,13 +206,17 @@ class Bank:
         """Bytes of all deltas as stored."""
         return sum(block.nbytes for block in self.blocks.values())
 
-    def close(self) -> None:
-        """Delete the file of `disk`; the bank cannot be used afterwards."""
-        if self._folder is not None:
-            self.blocks.clear()
-            del self._file
-            self._folder.cleanup()
-            self._folder = None
+
+def _mapped(size: int, folder: Path | None) -> Tensor:
+    """Bytes in a temporary file. It has no name any more once it is mapped, so that even a killed run leaves nothing."""
+    handle, path = tempfile.mkstemp(prefix="taskvec-bank-", dir=folder)
+    os.close(handle)
+    try:
+        return torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise OutputError(f"{path}: no room for {size} bytes of deltas ({error}). Choose a `bank_folder`.") from error
+    finally:
+        Path(path).unlink()
 
 
 def _stored_dtype(dtype: BankDtype, sums: torch.dtype) -> torch.dtype:

@@ -154,6 +154,8 @@ class Composition:
             `gradient` makes both and compares; a tensor that is also used in another way than by its own module stays
             dense.
         kernels: use the fused GPU kernels where they apply (`auto`), or never.
+        names: parameter to its name in the checkpoint, where that is another one: random partitions are keyed by it, so
+            that the saved file says the same of the checkpoint.
 
     Attributes:
         tasks: names of the task vectors, in row order.
@@ -183,6 +185,7 @@ class Composition:
         statistics: Literal["keep", "average"] = "keep",
         factored: bool = True,
         kernels: Literal["auto", "never"] = "auto",
+        names: Mapping[str, str] | None = None,
     ):
         _check_words(granularity, mode, statistics, vectors)
         self.model = model
@@ -190,6 +193,7 @@ class Composition:
         self.granularity = granularity if isinstance(granularity, str) else "custom"
         self.tasks = tuple(vectors)
         self.statistics = statistics
+        self._stored_names = dict(names or {})
         sources = {task: _readable(vector, task) for task, vector in vectors.items()}
         own = dict(model.named_parameters())
         self.aliases = _aliases(model, own)
@@ -307,18 +311,20 @@ class Composition:
         own = [name for name, _ in self.model.named_parameters()]
         regions = {name: self._layout.regions[name] for name in own if name in self._composable}
         kept = tuple(name for name in (*own, *buffers) if name not in regions)
-        facts = {"kept": kept, "aliases": self.aliases, "statistics": self.statistics, **facts}
-        return Coefficients(
-            values=self._coefficients.detach().cpu().clone(),
-            tasks=self.tasks,
-            runs=self._layout.runs,
-            regions=regions,
-            granularity=self.granularity,
-            partitions=self._partitions,
-            indices={name: index.cpu() for name, index in self._indices.items()},
-            mode=self.mode,
-            **facts,
-        )
+        known: dict[str, Any] = {
+            "values": self._coefficients.detach().cpu().clone(),
+            "tasks": self.tasks,
+            "runs": self._layout.runs,
+            "regions": regions,
+            "kept": kept,
+            "aliases": self.aliases,
+            "granularity": self.granularity,
+            "partitions": self._partitions,
+            "indices": {name: index.cpu() for name, index in self._indices.items()},
+            "mode": self.mode,
+            "statistics": self.statistics,
+        }
+        return Coefficients(**{**known, **facts})
 
     # -- composing ---------------------------------------------------------------------------------------------------
 
@@ -584,7 +590,8 @@ class Composition:
         assert self._partitions is not None  # either kind of partition was set, or `_indexed` is False
         parts, seed = self._partitions
         numel = self._layout.regions[name].numel
-        return partition_index(name, seed, parts, 0, numel, device=device).to(torch.int64)
+        stored = self._stored_names.get(name, name)
+        return partition_index(stored, seed, parts, 0, numel, device=device).to(torch.int64)
 
     def _partitioned(
         self,

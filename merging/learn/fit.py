@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from merging.learn.composition import Composition
-from merging.learn.objectives import Batch, Objective, Penalty, Term, Verdict, default_judge, moved
+from merging.learn.objectives import Batch, Objective, Penalty, Term, Verdict, default_judge, moved, rows_of
 from taskvec.errors import CorruptFileError, DataError, LearningError, MismatchError, UsageError, did_you_mean
 
 # the GradScaler factor that the authors' clipping sees (torch's initial scale)
@@ -610,9 +610,7 @@ def _terms(objective: Any, model: nn.Module, batch: Batch) -> Iterator[Term]:
     loss = objective(model, batch)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise UsageError("objective: expected a function of (model, batch) that returns the mean loss, one number.")
-    from merging.learn.objectives import _rows
-
-    rows = float(max(_rows(batch), 1))
+    rows = float(max(rows_of(batch), 1))
     yield Term("loss", loss.reshape(()) * rows, rows)
 
 
@@ -632,9 +630,10 @@ class _as_eval:
 
 
 def _total(batches: Batches, epochs: int, accumulate: int, schedule: str) -> int | None:
-    length = getattr(batches, "__len__", None)
-    if length is not None:
-        return epochs * math.ceil(length() / accumulate)
+    try:
+        return epochs * math.ceil(len(batches) / accumulate)  # type: ignore[arg-type]
+    except TypeError:
+        pass
     if schedule == "cosine":
         raise UsageError("schedule: cosine needs the number of steps, and these batches have no length; give `steps`.")
     return None

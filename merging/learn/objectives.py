@@ -131,7 +131,7 @@ def _labels_of(batch: Batch, name: str) -> tuple[Any, Tensor]:
     return inputs, labels
 
 
-def _rows(batch: Any) -> int:
+def rows_of(batch: Any) -> int:
     """Examples in a batch: the first dimension of its first tensor."""
     if isinstance(batch, Tensor):
         return int(batch.shape[0]) if batch.dim() else 1
@@ -139,7 +139,7 @@ def _rows(batch: Any) -> int:
         batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
     )
     for value in values:
-        found = _rows(value)
+        found = rows_of(value)
         if found:
             return found
     return 0

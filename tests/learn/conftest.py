@@ -69,6 +69,15 @@ class Golden:
         return {f"task{t}": self.under(f"tv/{t}/") for t in range(tasks)}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Tiny tensors: more threads only get into each other's way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def golden():
     cache = {}

@@ -224,7 +224,6 @@ def test_gradient_does_not_depend_on_where_the_task_vectors_lie(bank, tmp_path):
         with composition:
             for _ in range(2):
                 results.append(composition.gradient(lambda: cross_entropy(model(x), y)))
-        composition.bank.close()
         return results
 
     for (loss, grad), (wanted, slope) in zip(run(bank=bank, bank_folder=tmp_path), run(), strict=True):

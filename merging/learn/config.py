@@ -1,0 +1,332 @@
+"""The YAML file of `taskvec learn`, as types. Every problem is reported at once, with its line and the nearest name."""
+
+import os
+import re
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from taskvec.errors import RecipeError, did_you_mean
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Strict(BaseModel):
+    """A mapping of a configuration: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    @classmethod
+    def load(cls, path: "str | os.PathLike[str]") -> Self:
+        """Read a YAML file; relative paths in it are relative to the working directory.
+
+        Raises:
+            RecipeError: everything that is wrong with it.
+        """
+        from ruamel.yaml import YAML
+        from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"cannot be read: {error}", title=f"{path} cannot be used") from None
+        try:
+            data = YAML(typ="rt").load(text)
+        except MarkedYAMLError as error:
+            line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+            raise RecipeError(f"{line}{error.problem}", title=f"{path} is not valid YAML") from None
+        except YAMLError as error:
+            raise RecipeError(str(error).splitlines()[0], title=f"{path} is not valid YAML") from None
+        return cls.from_data(data, where=str(path))
+
+    @classmethod
+    def from_data(cls, data: Any, *, where: str = "configuration") -> Self:
+        """From plain mappings.
+
+        Raises:
+            RecipeError: everything that is wrong with them.
+        """
+        if not isinstance(data, Mapping):
+            raise RecipeError(f"expected keys and values, found {data!r}", title=f"{where} cannot be used")
+        try:
+            return cls.model_validate(_plain(data))
+        except ValidationError as error:
+            raise RecipeError(_sentences(error, data, cls), title=f"{where} cannot be used") from None
+
+
+class DataSpec(Strict):
+    """Where the examples of one task are.
+
+    Attributes:
+        path: a JSONL, CSV or Parquet file, or a folder that `datasets` saved.
+        function: `module:function` instead: called with the epoch, gives batches ready for the model.
+        text: column of the text, or two columns for pairs.
+        label: column of the label (a number, or one of `classes`).
+        classes: names of the labels in the head's order, where the column holds names.
+        limit: use the first so many rows.
+    """
+
+    path: str | None = None
+    function: str | None = None
+    text: str | list[str] = "text"
+    label: str = "label"
+    classes: list[str] | None = None
+    limit: Positive | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, data: Any) -> Any:
+        return {"path": data} if isinstance(data, str) else data
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.function is None):
+            raise ValueError("needs either `path` or `function`")
+        return self
+
+
+class OptimizerSpec(Strict):
+    """AdamW of the coefficients; what is not given follows the use (see `LearnConfig.resolved`)."""
+
+    lr: Annotated[float, Field(gt=0)] | None = None
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+
+class PartitionSpec(Strict):
+    """Random partitions (aTLAS x K)."""
+
+    parts: Annotated[int, Field(ge=1, le=65536)]
+    seed: int = 0
+
+
+class PenaltySpec(Strict):
+    """gamma * mean over blocks of the p-norm of the block's coefficients."""
+
+    gamma: Annotated[float, Field(ge=0)] = 0.5
+    p: Literal[1, 2] = 1
+
+
+class ConstraintSpec(Strict):
+    """Where coefficients may lie."""
+
+    low: float | None = None
+    high: float | None = None
+    sum_to_one: bool = False
+
+
+class NegationSpec(Strict):
+    """Which data are unlearned, which are kept."""
+
+    target: str
+    control: str
+    weight: float = 1.0
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.95
+
+
+class LearnConfig(Strict):
+    """What `taskvec learn atlas` and `taskvec learn adamerging` read.
+
+    Attributes:
+        base: a checkpoint folder, file or hub id.
+        tasks: name to fine-tuned checkpoint, adapter or saved task vector.
+        model: a class of transformers (`AutoModel`, `AutoModelForSequenceClassification`, `AutoModelForCausalLM`, …),
+            or `module:function`, called with the base's path.
+        data: one entry per task to learn on.
+        evaluation: held-out data with labels, for choosing the best round; disjoint from the test set.
+        heads: a safetensors file with a tensor [class, width] per entry of `data` (and `<name>.bias`), or name to
+            `module:function`; none where the model gives logits.
+        pool, normalize, logit_scale: from the model's output to the head's input, and from its output to logits.
+        objective: `supervised`, `entropy`, `causal_lm`, `negation`, or `module:function` that makes one.
+        exclude: patterns of parameters that keep the base's value; their tensors need not fit.
+        initial: a number, or a coefficients file.
+        batch: rows per task and step.
+    """
+
+    base: str
+    tasks: Annotated[dict[str, str], Field(min_length=1)]
+    model: str = "AutoModel"
+    data: Annotated[dict[str, DataSpec], Field(min_length=1)]
+    evaluation: dict[str, DataSpec] = {}
+    tokenizer: str | None = None
+    max_length: Positive = 128
+    heads: str | dict[str, str] | None = None
+    pool: Literal["auto", "logits", "pooler", "first", "mean"] = "auto"
+    normalize: bool = False
+    logit_scale: float = 1.0
+    objective: str = "supervised"
+    negation: NegationSpec | None = None
+    task_weights: dict[str, float] = {}
+    exclude: list[str] = []
+    granularity: Literal["global", "layer", "block", "matrix", "row", "column", "qkv"] = "block"
+    partitions: PartitionSpec | None = None
+    mode: Literal["nonlinear", "linear"] = "nonlinear"
+    statistics: Literal["keep", "average"] = "keep"
+    initial: float | str = 0.0
+    optimizer: OptimizerSpec = OptimizerSpec()
+    epochs: Positive | None = None
+    steps: Positive | None = None
+    batch: Positive = 16
+    accumulate: Positive = 1
+    schedule: Literal["cosine", "constant"] | None = None
+    warmup: Annotated[int, Field(ge=0)] = 0
+    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    clip_mode: Literal["true", "normalized"] = "true"
+    precision: Literal["full", "bf16", "fp16"] = "full"
+    penalty: PenaltySpec | None = None
+    constraint: ConstraintSpec | None = None
+    keep: Literal["best", "last"] | None = None
+    patience: Positive | None = None
+    every: Positive | None = None
+    seed: int = 0
+    device: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    bank: Literal["model", "cpu", "pinned", "disk"] = "model"
+    bank_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        problems = []
+        known = ("supervised", "entropy", "causal_lm", "negation")
+        if self.objective not in known and ":" not in self.objective:
+            problems.append(f"objective: {self.objective!r} is not known.{did_you_mean(self.objective, known)}")
+        if (self.objective == "negation") != (self.negation is not None):
+            problems.append("negation: give `objective: negation` and `negation:` with target and control, or neither")
+        if self.negation is not None:
+            for role, name in (("target", self.negation.target), ("control", self.negation.control)):
+                if name not in self.data:
+                    problems.append(f"negation.{role}: {name!r} is not in data.{did_you_mean(name, self.data)}")
+        for part, names in (("evaluation", self.evaluation), ("task_weights", self.task_weights)):
+            for name in names:
+                if name not in self.data:
+                    problems.append(f"{part}.{name}: is not in data.{did_you_mean(name, self.data)}")
+        if isinstance(self.heads, dict):
+            for name in self.heads:
+                if name not in self.data:
+                    problems.append(f"heads.{name}: is not in data.{did_you_mean(name, self.data)}")
+        if self.keep == "best" and not self.evaluation:
+            problems.append("keep: best needs `evaluation`")
+        if self.patience and not self.evaluation:
+            problems.append("patience: needs `evaluation`")
+        if self.epochs and self.steps:
+            problems.append("epochs, steps: give one of them")
+        if ":" not in self.model and not re.fullmatch(r"\w+", self.model):
+            problems.append(f"model: {self.model!r} is neither a class of transformers nor `module:function`")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def resolved(self) -> "LearnConfig":
+        """With the paper's settings where the file says nothing.
+
+        One labelled task (few-shot): lr 0.1, cosine, 10 epochs. Several (addition): 1e-3, constant, 20 epochs. Entropy
+        and negation: 1e-3 (negation 5e-3, the paper's most common factor), constant; causal LM as several tasks.
+        Weight decay 0.1 throughout.
+        """
+        few_shot = self.objective == "supervised" and len(self.data) == 1
+        lr = 0.1 if few_shot else 5e-3 if self.objective == "negation" else 1e-3
+        optimizer = self.optimizer.model_copy(
+            update={
+                "lr": self.optimizer.lr or lr,
+                "weight_decay": 0.1 if self.optimizer.weight_decay is None else self.optimizer.weight_decay,
+            }
+        )
+        epochs = self.epochs or (None if self.steps else 10 if few_shot else 20)
+        schedule = self.schedule or ("cosine" if few_shot else "constant")
+        return self.model_copy(update={"optimizer": optimizer, "epochs": epochs, "schedule": schedule})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, Sequence):
+        return [_plain(item) for item in value]
+    if isinstance(value, bool) or value is None:
+        return value
+    if isinstance(value, int):
+        return int(value)
+    return float(value) if isinstance(value, float) else value
+
+
+def _sentences(error: ValidationError, data: Any, model: type[BaseModel]) -> list[str]:
+    """Pydantic's errors as sentences with lines and nearest known names."""
+    problems: list[str] = []
+    for item in error.errors(include_url=False):
+        path = _places(item["loc"], data, item["type"] in ("extra_forbidden", "missing"))
+        line = _line(data, path)
+        at = f"line {line}: " if line else ""
+        name = ".".join(map(str, path))
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            found = f"{name}: there is no such key.{did_you_mean(str(path[-1]), _keys(model, path[:-1]))}"
+        elif item["type"] == "missing":
+            found = f"{name}: is missing"
+        elif item["type"] == "value_error":
+            parts = message.split("; ") if not name else [f"{name}: {message}"]
+            problems.extend(part for part in parts if part not in problems)
+            continue
+        else:
+            found = f"{name}: {message[:1].lower()}{message[1:]}, found {item['input']!r}"
+        if f"{at}{found}" not in problems:
+            problems.append(f"{at}{found}")
+    return problems
+
+
+def _places(loc: Sequence[Any], data: Any, keep_last: bool) -> tuple[Any, ...]:
+    """The part of pydantic's location that is in the file: names of alternatives of a union are not."""
+    path: list[Any] = []
+    for i, place in enumerate(loc):
+        there = isinstance(data, Mapping) and place in data
+        there = there or (isinstance(data, Sequence) and not isinstance(data, str) and isinstance(place, int))
+        if there:
+            data = data[place]
+            path.append(place)
+        elif i == len(loc) - 1 and keep_last:
+            path.append(place)
+    return tuple(path)
+
+
+def _keys(model: type[BaseModel], path: Sequence[Any]) -> list[str]:
+    """Known keys at a place of the file."""
+    found: Any = model
+    inside_container = False
+    for place in path:
+        if inside_container:  # a name of the user's, or a position
+            inside_container = False
+            continue
+        field = found.model_fields.get(str(place)) if _is_model(found) else None
+        found = _model_in(field.annotation) if field is not None else None
+        inside_container = field is not None and typing.get_origin(field.annotation) in (dict, list)
+    return list(found.model_fields) if _is_model(found) else []
+
+
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _model_in(annotation: Any) -> Any:
+    if _is_model(annotation):
+        return annotation
+    for inner in typing.get_args(annotation):
+        found = _model_in(inner)
+        if found is not None:
+            return found
+    return None
+
+
+def _line(data: Any, path: Sequence[Any]) -> int | None:
+    line: int | None = None
+    for place in path:
+        marks = getattr(data, "lc", None)
+        try:
+            line = marks.key(place)[0] + 1 if marks is not None and isinstance(data, Mapping) else line
+            data = data[place]
+        except (KeyError, IndexError, TypeError):
+            break
+    return line
