@@ -153,7 +153,8 @@ def sweep(
     Raises:
         NonFiniteError: an input holds NaN or infinity; names tensor and task.
     """
-    return _Sweep(deltas, list(stages), sink, scope, options, skip).run()
+    with _single_threaded():
+        return _Sweep(deltas, list(stages), sink, scope, options, skip).run()
 
 
 class _Sweep:
