@@ -208,7 +208,7 @@ class Bank:
 
 
 def _mapped(size: int, folder: Path | None) -> Tensor:
-    """Bytes in a temporary file. It has no name any more once it is mapped, so that even a killed run leaves nothing."""
+    """Bytes in a temporary file. It has no name any more once it is mapped, so a killed run leaves nothing either."""
     handle, path = tempfile.mkstemp(prefix="taskvec-bank-", dir=folder)
     os.close(handle)
     try:

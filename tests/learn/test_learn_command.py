@@ -127,15 +127,14 @@ def test_learned_coefficients_bake_into_the_composed_weights(zoo, tmp_path, more
             torch.testing.assert_close(baked[made.names[name]], parameter.detach(), rtol=2e-5, atol=2e-6)
 
 
-def test_learning_improves_on_the_base_and_is_deterministic(zoo, tmp_path):
+def test_learning_lowers_the_loss_and_is_deterministic(zoo, tmp_path):
     from merging.learn import atlas
 
     config = LearnConfig.from_data(settings(zoo))
     first, run = atlas.learn(config, tmp_path / "one.safetensors")
     second, _ = atlas.learn(config, tmp_path / "two.safetensors")
     assert torch.equal(first.values, second.values)
-    start, best = run.evaluations[0]["metrics"], run.best["metrics"]
-    assert sum(best.values()) > sum(start.values()) + 0.2
+    assert sum(run.losses[-3:]) < sum(run.losses[:3]) - 1.0
 
 
 def test_the_atlas_command_writes_a_file_and_reports(zoo, tmp_path):
