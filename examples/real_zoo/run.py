@@ -5,14 +5,14 @@
     python -m examples.real_zoo.run --quick             a reduced form: fewer tasks, steps and rows
     python -m examples.real_zoo.run --write FILE        also writes the tables as markdown
 
-Each method runs with its default parameters. Its scale is the one of `SCALES` with the best mean on the validation
-split; the tables are on the test split. Methods that draw at random are run with three seeds and their mean is shown.
+Each method runs with its default parameters. Its scale is the one of `SCALES` (or `LANGUAGE_SCALES`) with the best mean
+on the validation split; the tables are on the test split. Methods that draw at random are run with three seeds, and
+their mean is shown.
 """
 
 import argparse
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -32,11 +32,13 @@ from examples.real_zoo.data import zoo_folder
 
 CLI = Path(__file__).parents[2] / "cli.py"
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
+LANGUAGE_SCALES = (0.2, 0.4, 0.7, 1.0, 1.4, 2.0)
 SEEDS = (0, 1, 2)
 
 # default parameters throughout; `average` has no scale
 METHODS = ("average", "task_arithmetic", "ties", "dare", "dare + ties", "breadcrumbs", "magnitude", "pcb")
 QUICK_METHODS = ("average", "task_arithmetic", "pcb")
+QUICK_SCALES = (0.4, 0.7, 1.0)
 
 Scores = dict[str, float]
 
@@ -76,7 +78,6 @@ class Row:
     scores: Scores
     scale: float | None = None
     seconds: float | None = None
-    memory: float | None = None
     spread: float | None = None
 
 
@@ -131,8 +132,8 @@ def zoos(quick: bool, only: Sequence[str]) -> Iterator[Zoo]:
 def merge(
     zoo: Zoo, method: str, out: Path, *, scale: float | None = None, seed: int = 0, dtype: str | None = None,
     tasks: Sequence[str] | None = None,
-) -> tuple[float, float]:  # fmt: skip
-    """Runs `taskvec merge RECIPE OUT`; returns its seconds and its peak memory in MiB, start-up included."""
+) -> float:  # fmt: skip
+    """Runs `taskvec merge RECIPE OUT`; returns its seconds, start-up included."""
     first, _, second = method.partition(" + ")
     recipe = {
         "base": str(zoo.base),
@@ -150,16 +151,20 @@ def merge(
     file = out.with_suffix(".yaml")
     file.write_text(json.dumps(recipe, indent=2))  # JSON is YAML
     command = [sys.executable, str(CLI), "merge", str(file), str(out), "--overwrite"]
-    with tempfile.TemporaryFile() as log:
-        started = time.perf_counter()
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - started
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode != 0:
-            log.seek(0)
-            raise SystemExit(f"{' '.join(command)} failed:\n{log.read().decode()[-3000:]}")
-    return seconds, usage.ru_maxrss / 1024
+    started = time.perf_counter()
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ended.returncode != 0:
+        raise SystemExit(f"{' '.join(command)} failed:\n{ended.stderr[-3000:]}")
+    return time.perf_counter() - started
+
+
+def merged_folder(zoo: Zoo) -> Path:
+    """Where its merges go; the reduced form's apart."""
+    return (
+        zoo_folder()
+        / "merged"
+        / (f"{zoo.name}-quick" if zoo.base.parent.is_relative_to(zoo_folder(True)) else zoo.name)
+    )
 
 
 @contextmanager
@@ -184,14 +189,16 @@ def at_scale(zoo: Zoo, whole: Path, scale: float) -> Iterator[Path]:
         yield Path(scratch)
 
 
-def table(zoo: Zoo, methods: Sequence[str], *, rows: int | None, validation: int | None) -> list[Row]:
+def table(
+    zoo: Zoo, methods: Sequence[str], scales: Sequence[float], *, rows: int | None, validation: int | None
+) -> list[Row]:
     """Base, fine-tuned models and every merge, scored on the test split."""
     say(f"{zoo.name}: scoring base and fine-tuned models")
     found = [
         Row("base", zoo.score(zoo.base, "test", rows)),
         Row("fine-tuned, each on its own task", {name: zoo.tuned(name, rows) for name in zoo.models}),
     ]
-    home = zoo_folder() / "merged" / zoo.name
+    home = merged_folder(zoo)
     for method in methods:
         say(f"{zoo.name}: {method}")
         name, scale = method.replace(" + ", "-"), None
@@ -199,19 +206,19 @@ def table(zoo: Zoo, methods: Sequence[str], *, rows: int | None, validation: int
             whole = home / f"{name}-at-1"
             merge(zoo, method, whole, dtype="float32" if zoo.loss else None)
             tried = {}
-            for candidate in SCALES:
+            for candidate in scales:
                 with at_scale(zoo, whole, candidate) as folder:
                     tried[candidate] = zoo.better(zoo.score(folder, "validation", validation))
             scale = max(tried, key=lambda candidate: tried[candidate])
             shutil.rmtree(whole)
         runs = []
         for seed in SEEDS if "dare" in method else SEEDS[:1]:
-            cost = merge(zoo, method, home / name, scale=scale, seed=seed)
-            runs.append((zoo.score(home / name, "test", rows), *cost))
+            seconds = merge(zoo, method, home / name, scale=scale, seed=seed)
+            runs.append((zoo.score(home / name, "test", rows), seconds))
         scores = {task: fmean(run[0][task] for run in runs) for task in zoo.models}
         means = [zoo.mean(run[0]) for run in runs]
         spread = max(means) - min(means) if len(runs) > 1 else None
-        found.append(Row(method, scores, scale, fmean(run[1] for run in runs), max(run[2] for run in runs), spread))
+        found.append(Row(method, scores, scale, fmean(run[1] for run in runs), spread))
     return found
 
 
@@ -220,10 +227,10 @@ def pair(zoo: Zoo, *, rows: int | None) -> list[Row]:
     two = list(zoo.models)[:2]
     found = []
     for method in ("average", "slerp"):
-        out = zoo_folder() / "merged" / zoo.name / f"{method}-of-two"
-        cost = merge(zoo, method, out, tasks=two)
+        out = merged_folder(zoo) / f"{method}-of-two"
+        seconds = merge(zoo, method, out, tasks=two)
         scores = zoo.score(out, "test", rows)
-        found.append(Row(f"{method} of {' and '.join(two)}", {name: scores[name] for name in two}, None, *cost))
+        found.append(Row(f"{method} of {' and '.join(two)}", {name: scores[name] for name in two}, None, seconds))
     return found
 
 
@@ -237,8 +244,8 @@ def say(line: str) -> None:
 def markdown(zoo: Zoo, rows: Sequence[Row]) -> str:
     tasks = list(zoo.models)
     lines = [
-        f"| {zoo.title} | scale | {' | '.join(tasks)} | mean | seconds | peak MiB |",
-        "|---" * (len(tasks) + 5) + "|",
+        f"| {zoo.title} | scale | {' | '.join(tasks)} | mean | seconds |",
+        "|---" * (len(tasks) + 4) + "|",
     ]
     for row in rows:
         whole = len(row.scores) == len(tasks)
@@ -251,7 +258,6 @@ def markdown(zoo: Zoo, rows: Sequence[Row]) -> str:
             *(zoo.shown(row.scores[task]) if task in row.scores else "" for task in tasks),
             mean,
             "" if row.seconds is None else f"{row.seconds:.1f}",
-            "" if row.memory is None else f"{row.memory:.0f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -265,8 +271,10 @@ def run(quick: bool = False, only: Sequence[str] = ("text", "image", "language")
     rows, validation = (100, 50) if quick else (None, 100)
     parts, found = [], {}
     for zoo in zoos(quick, only):
-        found[zoo.name] = table(zoo, QUICK_METHODS if quick else METHODS, rows=rows, validation=validation)
-        if zoo.name != "language-lora":
+        methods = QUICK_METHODS if quick else METHODS
+        scales = QUICK_SCALES if quick else LANGUAGE_SCALES if zoo.loss else SCALES
+        found[zoo.name] = table(zoo, methods, scales, rows=rows, validation=validation)
+        if zoo.name != "language-lora" and not quick:
             found[zoo.name] += pair(zoo, rows=rows)
         parts.append(markdown(zoo, found[zoo.name]))
         print(parts[-1] + "\n", flush=True)

@@ -372,15 +372,21 @@ def heads(name: str) -> Tensor:
     return _heads()[name]
 
 
+@cache
+def _rows(name: str, split: str, limit: int | None) -> list[tuple[dict[str, Tensor], Tensor]]:
+    # sorted by length: less padding; the result does not depend on it
+    examples = sorted(getattr(load_task(name), split)[:limit], key=lambda example: len(example.text))
+    return tokens(examples, size=64)
+
+
 @torch.inference_mode()
 def accuracy(model: nn.Module, name: str, split: str = "test", limit: int | None = None) -> float:
     """Fraction of a split that a model in memory gets right."""
-    examples = getattr(load_task(name), split)[:limit]
-    right = 0
-    # sorted by length: less padding; the result does not depend on it
-    for inputs, labels in tokens(sorted(examples, key=lambda example: len(example.text)), size=64):
+    right, total = 0, 0
+    for inputs, labels in _rows(name, split, limit):
         right += int((logits(model, inputs, heads(name)).argmax(1).cpu() == labels).sum())
-    return right / len(examples)
+        total += len(labels)
+    return right / total
 
 
 def evaluate(
