@@ -137,6 +137,17 @@ class AdapterReport:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"path": str(self.path)}
 
+    def __str__(self) -> str:
+        lines = [f"{self.path}: {len(self.kept)} tensors as LoRA factors, {self.parameters} numbers"]
+        if self.kept:
+            ranks = sorted({kept.rank for kept in self.kept})
+            worst = max(self.kept, key=lambda kept: kept.error)
+            lines.append(f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}")
+            lines.append(f"relative error {self.error:.3g} (largest {worst.error:.3g}, {worst.name})")
+        lines += [f"saved whole: {shortened(self.saved)}"] if self.saved else []
+        lines += [f"dropped: {shortened(self.dropped)}"] if self.dropped else []
+        return "\n  ".join(lines)
+
 
 # -- low rank ----------------------------------------------------------------------------------------------------------
 

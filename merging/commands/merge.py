@@ -204,13 +204,9 @@ def merge_command(
 def _write_adapter(recipe: "Recipe", out: str, how: str, *, overwrite: bool, as_json: bool) -> None:
     from merging.adapter_out import merge_to_adapter
 
-    report = merge_to_adapter(recipe, out, how, overwrite=overwrite)
-    if as_json:
-        print_json(report)
-    else:
-        click.echo(
-            f"{report['path']}: {len(report['tensors'])} tensors as LoRA factors, largest relative error {report['largest_error']:.3g}"
-        )
+    with progress_bar() as progress:
+        report = merge_to_adapter(recipe, out, rank=how, overwrite=overwrite, progress=progress, notice=say)
+    print_json(report.as_dict()) if as_json else click.echo(str(report))
 
 
 def _check_rows(prepared: "Prepared") -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """`taskvec diff`, `apply` and `extract-lora`."""
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -82,18 +83,50 @@ def apply(
 @click.argument("out")
 @click.option("--rank", type=int, help="Rank of every factor.")
 @click.option("--energy", type=float, help="Share of each tensor's squared norm to keep, in (0, 1].")
+@click.option("--exact", is_flag=True, help="Keep the whole numerical rank of each tensor.")
+@click.option(
+    "--other",
+    type=click.Choice(["refuse", "save", "drop"]),
+    default="refuse",
+    show_default=True,
+    help="What to do with changed tensors that no LoRA can hold (norms, biases): save them whole, or drop them.",
+)
+@click.option("--skip", multiple=True, metavar="PATTERN", help="Tensors to leave out; may be repeated.")
+@click.option("--dtype", default="float32", show_default=True, help="What the factors are stored in.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output.")
 @json_option
 def extract_lora_command(
-    base: str, tuned: str, out: str, rank: int | None, energy: float | None, overwrite: bool, as_json: bool
+    base: str,
+    tuned: str,
+    out: str,
+    rank: int | None,
+    energy: float | None,
+    exact: bool,
+    other: Literal["refuse", "save", "drop"],
+    skip: tuple[str, ...],
+    dtype: str,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
     """Turn the fine-tuned model TUNED into a LoRA adapter OUT of its BASE."""
     from merging.adapter_out import extract_lora
     from taskvec import Checkpoint
 
-    if (rank is None) == (energy is None):
-        raise click.UsageError("give either --rank or --energy")
+    asked = [
+        *([f"rank={rank}"] if rank is not None else []),
+        *([f"energy={energy}"] if energy is not None else []),
+        *(["exact"] if exact else []),
+    ]
+    if len(asked) != 1:
+        raise click.UsageError("give one of --rank, --energy and --exact")
     report = extract_lora(
-        Checkpoint.open(base), Checkpoint.open(tuned), out, rank=rank, energy=energy, overwrite=overwrite
+        Checkpoint.open(base),
+        Checkpoint.open(tuned),
+        out,
+        rank=asked[0],
+        other=other,
+        skip=skip,
+        dtype=dtype,
+        overwrite=overwrite,
     )
-    print_json(report) if as_json else click.echo(str(report))
+    print_json(report.as_dict()) if as_json else click.echo(str(report))

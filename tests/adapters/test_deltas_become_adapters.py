@@ -399,3 +399,36 @@ def test_what_is_written_does_not_depend_on_threads(zoo, tmp_path):
             ]
         )
     assert files[0] == files[1]
+
+
+@pytest.fixture
+def command(capsys):
+    """Runs `taskvec` with these arguments and gives its exit code and what it printed."""
+    from merging.commands import main
+
+    def run(*arguments):
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as ended:
+            return ended.code, capsys.readouterr()
+        return 0, capsys.readouterr()
+
+    return run
+
+
+def test_the_commands_write_adapters(zoo, tmp_path, command):
+    code, printed = command("extract-lora", zoo["base"], zoo["tuned"], tmp_path / "lora", "--rank", 2)
+    assert code == 0
+    assert "4 tensors as LoRA factors" in printed.out
+    assert "rank 2" in printed.out
+    arguments = ["merge", "--base", zoo["base"], "--method", "task_arithmetic", "--out-adapter", "exact"]
+    code, printed = command(*arguments, "--json", tmp_path / "merged", tmp_path / "lora", zoo["adapters"][0])
+    assert code == 0
+    found = json.loads(printed.out)
+    assert found["error"] == 0
+    assert len(found["kept"]) == 8
+    assert Adapter.open(tmp_path / "merged", Checkpoint.open(zoo["base"])).infos
+    code, printed = command("extract-lora", zoo["base"], zoo["tuned"], tmp_path / "other")
+    assert code == 2
+    assert "give one of --rank, --energy and --exact" in printed.err
+    assert command(*arguments, tmp_path / "merged", zoo["adapters"][0])[0] == 1
