@@ -425,7 +425,10 @@ class _Sweep:
 
     def _sample(self, sample: Sample) -> tuple[Tensor, bool]:
         total = self.deltas.numel
-        if total <= sample.size or self.whole:
+        stages = self.stages[: len(self._chain) + 1]
+        if self.whole and total > sample.size and any(stage.unit == "tensor" for stage in stages):
+            return self._sample_of_wholes(sample), False
+        if total <= sample.size:
             parts = []
             for name, info in self.deltas.infos.items():
                 for tile in self._tiles(name, 0, info.numel, not self._read_once):
@@ -435,6 +438,19 @@ class _Sweep:
         blocks = sample_blocks(self.deltas, sample.size)
         parts = [sample.of(self._through(self._on_device(self.deltas.tile(*block)))) for block in blocks]
         return torch.cat(parts, -1), False
+
+    def _sample_of_wholes(self, sample: Sample) -> Tensor:
+        """The same blocks, where stages must see tensors whole: one tensor at a time, of which only the blocks stay."""
+        wanted: dict[str, list[tuple[int, int]]] = {}
+        for name, start, stop in sample_blocks(self.deltas, sample.size):
+            wanted.setdefault(name, []).append((start, stop))
+        parts = []
+        for name, blocks in wanted.items():
+            # read afresh: what a sample reads is neither kept nor examined
+            tile = self._shaped(self._on_device(self.deltas.tile(name, 0, self.deltas.infos[name].numel)))
+            values = sample.of(self._through(tile)).reshape(-1, tile.stop - tile.start)
+            parts.append(torch.cat([values[:, start:stop] for start, stop in blocks], -1))
+        return torch.cat(parts, -1)
 
     def _on_device(self, tile: Tile) -> Tile:
         return (

@@ -274,3 +274,28 @@ def test_draws_depend_on_seed_task_and_name_alone(name):
     assert not torch.equal(first["a"], first["b"])
     assert not torch.equal(first["a"], merged(name, stacks, seed=2)["a"])
     assert not torch.equal(first["a"], merged(name, stacks, seed=1, tasks=["x", "y"])["a"])
+
+
+# -- whole-model statistics around methods that see tensors whole ------------------------------------------------------
+
+BIG = {"layers.0.w": (300, 400), "layers.1.w": (200, 500), "layers.2.bias": (70_000,)}  # more than is sorted at once
+
+
+def test_thresholds_before_a_method_for_whole_tensors_are_the_whole_models():
+    stacks = stacks_of(2, 4, BIG)
+    flat = torch.cat([stack.flatten(1) for stack in stacks.values()], 1).abs()
+    least = flat.sort(dim=1, descending=True).values[:, int(0.3 * flat.shape[1]) - 1]
+    trimmed = {name: stack * (stack.abs() >= least.view(-1, *[1] * (stack.ndim - 1))) for name, stack in stacks.items()}
+    found = merged("iso_c", stacks, preprocess=[{"method": "magnitude", "density": 0.3}])
+    assert same_bits(found, merged("iso_c", trimmed))
+
+
+def test_thresholds_after_a_method_for_whole_tensors_are_those_of_what_it_made():
+    stacks = stacks_of(2, 4, BIG)
+    found = merged("ties", stacks, preprocess=[{"method": "della", "density": 0.5, "seed": 3}], density=0.2)
+    # the draws do not depend on the other task, so each task's part can be had alone
+    parts = [
+        merged("della", stacks, density=0.5, seed=3, weights=[float(i == task) for i in range(2)]) for task in range(2)
+    ]
+    dropped = {name: torch.stack([part[name] for part in parts]) for name in stacks}
+    assert same_bits(found, merged("ties", dropped, density=0.2))
