@@ -6,7 +6,8 @@ A planted neuron has to be sharp (silent outside a narrow cone) and loud (its an
   feature and the row's direction at which the neuron fires at all. It does not change when row and column are rescaled.
 * Without one, the row has to imitate the bias and becomes enormous: its *reach* √d |g w| (largest pre-activation that
   any normalised input can cause) and its *spread* (length in units of the layer's own coordinate scales) leave the
-  population of the model's neurons together.
+  population of the model's neurons together, or reach and *balance* (reach over the second gated half) do: training
+  keeps the two halves of a neuron in step.
 * Against the base, one row and the column of the same index change out of proportion to all other neurons of the
   layer. Training moves all neurons by comparable amounts, and so do merges.
 * A widened MLP has neurons where every other layer is zero, or more neurons than the base.
@@ -39,8 +40,13 @@ Verdict = Literal["alarm", "notable", "declared"]
 
 # Turn-on cosines of 9,216 neurons of MiniLM-L6 end at 0.18; planted cones have 1 - theta, 0.8 at the widest in use.
 TURN_ON_ALARM, TURN_ON_NOTABLE = 0.5, 0.3
-SCORE_ALARM, SCORE_NOTABLE = 30.0, 22.0
+# Tail units of 46,080 neurons of SmolLM2-135M end at 26.9 (MiniLM-L6: 14.0) for spread with reach, and at 10.5 for
+# balance with reach; fine-tunes and merges move these by a few per cent.
+SIZE_ALARM, SIZE_NOTABLE = 30.0, 22.0
+BALANCE_ALARM, BALANCE_NOTABLE = 13.0, 11.0
 CHANGE_ALARM, CHANGE_NOTABLE = 15.0, 10.0
+_CERTAIN = 50.0
+"""Score of a mark that needs no population: a neuron where there should be none, the only change of a layer."""
 # A replaced row is a new row; even a quarter of one (a merge of four) moves it by more than this share of a row.
 LEAST_CHANGE = 0.2
 # share of a layer's neurons under which changed neurons are not a population but a list
@@ -225,7 +231,7 @@ class Suspect:
         verdict: "alarm", "notable" (look at it; natural outliers end up here) or "declared" (one of our own edit files
             says exactly this).
         reasons: why, in words, strongest first.
-        score: rank within the report, larger is stranger: tail units (see `tail_units`) of the strongest mark.
+        score: of the strongest mark, in units of its alarm threshold: 1 and more is an alarm (50 at most).
         p: tail probability of that mark under the model's own population, times the number of neurons, at most 1: about
             how many neurons as strange the model would have by itself. An extrapolation of an exponential tail.
         statistics: the numbers.
@@ -269,8 +275,10 @@ class MlpAudit:
     mlp: Mlp
     statistics: NeuronStatistics
     changes: NeuronChanges | None
-    score: PerNeuron
-    """Tail units of the weights alone: spread within the layer plus reach within the model."""
+    size: PerNeuron
+    """Tail units of spread within the layer plus those of reach within the model."""
+    balance: PerNeuron
+    """Tail units: reach over second half (against the layer's median, within the model) plus reach; 0 unless gated."""
     change: PerNeuron | None
     """Tail units by which row and column changed more than the layer's other neurons (the lesser of the two)."""
 
@@ -297,7 +305,7 @@ class AuditReport:
         return sum(one.mlp.neurons for one in self.mlps)
 
     def strongest(self) -> float:
-        """The model's own score for a threshold study: the largest score of an alarm, notable or not, else 0."""
+        """One number for the checkpoint: the largest score of any suspect that is not declared, else 0."""
         return max((suspect.score for suspect in self.suspects if suspect.verdict != "declared"), default=0.0)
 
     def to_json(self) -> dict[str, Any]:
@@ -333,7 +341,7 @@ class AuditReport:
         for rank, suspect in enumerate(self.suspects[:limit], 1):
             lines.append(
                 f"{rank:>3}. {suspect.verdict.upper():<8} {suspect.mlp} neuron {suspect.neuron}   "
-                f"score {suspect.score:.1f}, p {suspect.p:.1g}"
+                f"score {suspect.score:.2f}, p {suspect.p:.1g}"
             )
             lines += [f"       {reason}" for reason in suspect.reasons]
             if suspect.edit:
@@ -357,7 +365,8 @@ class AuditReport:
         panels: list[tuple[str, Callable[[MlpAudit], Tensor | None], float]] = []
         if biased:
             panels.append(("turn-on cosine", lambda one: one.statistics.turn_on, TURN_ON_ALARM))
-        panels.append(("reach and spread beyond the population (tail units)", lambda one: one.score, SCORE_ALARM))
+        panels.append(("spread and reach beyond the population (tail units)", lambda one: one.size, SIZE_ALARM))
+        panels.append(("balance and reach beyond the population (tail units)", lambda one: one.balance, BALANCE_ALARM))
         if with_base:
             panels.append(("change of row and column (tail units)", lambda one: one.change, CHANGE_ALARM))
         axes, figure = _axes(len(panels))
@@ -494,13 +503,13 @@ def _pairs(layout: Layout, base: Layout, source: TensorSource, reference: Tensor
 
 
 def _coordinate_scale(rows: Tensor) -> Annotated[Tensor, "d"]:
-    """Median |w_j| over the neurons, from at most 4,096 of them; coordinates that are mostly zero get their mean."""
-    step = max(1, len(rows) // _CHUNK)
+    """Median |w_j| over the neurons, from about a thousand of them; mostly zero coordinates get their mean instead."""
+    step = max(1, len(rows) // 1024)
     sample = rows[::step].float().abs()
     alive = sample.sum(1) > 0
     if bool(alive.any()):
         sample = sample[alive]
-    units = sample.median(0).values
+    units = sample.T.contiguous().median(1).values
     fallback = sample.mean(0).clamp_min(torch.finfo(torch.float32).tiny)
     return torch.where(units > 0, units, fallback)
 
@@ -516,8 +525,9 @@ def _columns(source: TensorSource, mlp: Mlp, rows: Tensor) -> tuple[PerNeuron, P
     lengths, cosines = [], []
     for start in range(0, mlp.neurons, _CHUNK):
         out, inside = columns[start : start + _CHUNK].float(), rows[start : start + _CHUNK].float()
-        lengths.append(out.norm(dim=1))
-        cosines.append(torch.nn.functional.cosine_similarity(out, inside, dim=1))
+        length = out.norm(dim=1)
+        lengths.append(length)
+        cosines.append((out * inside).sum(1) / (length * inside.norm(dim=1)).clamp_min(torch.finfo(torch.float32).tiny))
     length = torch.cat(lengths)
     _check_finite(length, mlp.out, source)
     return length, torch.cat(cosines)
@@ -562,15 +572,23 @@ def _scored(found: Sequence[tuple[Mlp, NeuronStatistics, NeuronChanges | None]])
     def logs(values: Tensor) -> Tensor:
         return values.double().clamp_min(torch.finfo(torch.float32).tiny).log()
 
-    live = [logs(statistics.reach[~statistics.silent]) for _, statistics, _ in found]
-    reach_population = torch.cat(live)
+    def against_layer(statistics: NeuronStatistics) -> Tensor:
+        ratio = logs(statistics.reach) - logs(statistics.up)
+        alive = ratio[~statistics.silent]
+        return ratio - (alive.median() if alive.numel() else 0.0)
+
+    reaches = torch.cat([logs(one.reach[~one.silent]) for _, one, _ in found])
+    gated = [against_layer(one)[~one.silent] for mlp, one, _ in found if mlp.up is not None]
+    ratios = torch.cat(gated) if gated else torch.zeros(0)
     scored = []
     for mlp, statistics, changes in found:
         alive = ~statistics.silent
-        within_layer = tail_units(logs(statistics.spread), logs(statistics.spread[alive]))
-        within_model = tail_units(logs(statistics.reach), reach_population)
-        score = within_layer.clamp_min(0) + within_model.clamp_min(0)
-        score = torch.where(statistics.silent, 0.0, score)
+        reach = tail_units(logs(statistics.reach), reaches).clamp_min(0)
+        spread = tail_units(logs(statistics.spread), logs(statistics.spread[alive])).clamp_min(0)
+        size = torch.where(alive, spread + reach, 0.0)
+        balance = torch.zeros_like(size)
+        if mlp.up is not None:
+            balance = torch.where(alive, tail_units(against_layer(statistics), ratios).clamp_min(0) + reach, 0.0)
         change = None
         if changes is not None:
             moved = changes.changed
@@ -580,7 +598,8 @@ def _scored(found: Sequence[tuple[Mlp, NeuronStatistics, NeuronChanges | None]])
             else:
                 both = (changes.row > 0) & (changes.column > 0)
                 change = torch.where(both, math.inf, 0.0)
-        scored.append(MlpAudit(mlp, statistics, changes, score.float(), None if change is None else change.float()))
+        moved_units = None if change is None else change.float()
+        scored.append(MlpAudit(mlp, statistics, changes, size.float(), balance.float(), moved_units))
     return scored
 
 
@@ -601,7 +620,8 @@ class _Marks:
     found: dict[tuple[str, int], list[_Mark]] = field(default_factory=dict)
 
     def add(self, mlp: Mlp, neuron: int, verdict: Verdict, reason: str, score: float, p: float) -> None:
-        self.found.setdefault((mlp.key, neuron), []).append(_Mark(verdict, reason, min(score, 999.0), min(1.0, p)))
+        mark = _Mark(verdict, reason, min(score, _CERTAIN), min(1.0, p))
+        self.found.setdefault((mlp.key, neuron), []).append(mark)
 
 
 def _marks(
@@ -609,7 +629,8 @@ def _marks(
 ) -> _Marks:
     marks = _Marks()
     turn_on_p = _population_p([one.statistics.turn_on for one in scored if one.statistics.turn_on is not None])
-    score_p = _population_p([one.score for one in scored])
+    size_p = _population_p([one.size for one in scored])
+    balance_p = _population_p([one.balance for one in scored])
     change_p = _population_p([one.change for one in scored if one.change is not None])
     bodies = {} if base_neurons else _bodies(scored)
     for one in scored:
@@ -619,7 +640,8 @@ def _marks(
             _mark_padding(one, bodies[one.mlp.key], marks)
         if one.changes is not None and one.change is not None:
             _mark_changes(one, one.changes, one.change, change_p, marks)
-        _mark_weights(one, kept, turn_on_p, score_p, marks, None if responses is None else responses.get(one.mlp.key))
+        response = None if responses is None else responses.get(one.mlp.key)
+        _mark_weights(one, turn_on_p, size_p, balance_p, marks, response)
     return marks
 
 
@@ -666,14 +688,14 @@ def _mark_extra(one: MlpAudit, kept: int, with_base: bool, marks: _Marks) -> Non
     extra = (~one.statistics.silent[kept:]).nonzero().flatten() + kept
     for neuron in extra.tolist():
         reason = f"is one of {len(extra)} neurons in use beyond the base's {kept}"
-        marks.add(one.mlp, neuron, "alarm", reason, 999.0, 0.0)
+        marks.add(one.mlp, neuron, "alarm", reason, _CERTAIN, 0.0)
 
 
 def _mark_padding(one: MlpAudit, body: int, marks: _Marks) -> None:
     inside = (~one.statistics.silent[body:]).nonzero().flatten() + body
     for neuron in inside.tolist():
         reason = f"is in use where most layers hold only zeros (neurons from {body} on): a widened MLP"
-        marks.add(one.mlp, neuron, "alarm", reason, 999.0, 0.0)
+        marks.add(one.mlp, neuron, "alarm", reason, _CERTAIN, 0.0)
 
 
 def _mark_changes(
@@ -688,18 +710,19 @@ def _mark_changes(
             reason = (
                 f"input row and output column replaced; {moved} of {len(change)} neurons of the layer changed: {size}"
             )
-            marks.add(one.mlp, neuron, "alarm", reason, 999.0, 1 / len(change))
+            marks.add(one.mlp, neuron, "alarm", reason, _CERTAIN, 1 / len(change))
             continue
         units = float(change[neuron])
         reason = f"changed out of proportion to its layer ({units:.0f} tail units in row and column): {size}"
-        marks.add(one.mlp, neuron, "alarm" if units >= CHANGE_ALARM else "notable", reason, units, p_of(units))
+        verdict: Verdict = "alarm" if units >= CHANGE_ALARM else "notable"
+        marks.add(one.mlp, neuron, verdict, reason, units / CHANGE_ALARM, p_of(units))
 
 
 def _mark_weights(
     one: MlpAudit,
-    kept: int,
     turn_on_p: Callable[[float], float],
-    score_p: Callable[[float], float],
+    size_p: Callable[[float], float],
+    balance_p: Callable[[float], float],
     marks: _Marks,
     response: Any,
 ) -> None:
@@ -711,7 +734,7 @@ def _mark_weights(
         candidates[: len(one.changes.row)] &= one.changes.relative_row >= LEAST_CHANGE
     if statistics.turn_on is not None:
         peak = statistics.path * (1 - statistics.turn_on).clamp_min(0)
-        loud = peak >= 0.1 * peak[~statistics.silent].median() if bool((~statistics.silent).any()) else peak > 0
+        loud = peak >= 0.01 * peak[~statistics.silent].median() if bool((~statistics.silent).any()) else peak > 0
         for neuron in (candidates & loud & (statistics.turn_on > TURN_ON_NOTABLE)).nonzero().flatten().tolist():
             cosine = float(statistics.turn_on[neuron])
             if cosine >= 1:
@@ -719,29 +742,35 @@ def _mark_weights(
             angle = math.degrees(math.acos(cosine))
             reason = f"fires only within {angle:.0f}° of one feature direction (turn-on cosine {cosine:.3f})"
             verdict: Verdict = "alarm" if cosine > TURN_ON_ALARM else "notable"
-            marks.add(one.mlp, neuron, verdict, reason, 100 * cosine, turn_on_p(cosine))
+            marks.add(one.mlp, neuron, verdict, reason, cosine / TURN_ON_ALARM, turn_on_p(cosine))
     # a row with its own bias shows itself by its turn-on cosine; a large one alone is no mark there
     lone_bias = statistics.turn_on is None or bool((statistics.bias == 0).all())
-    for neuron in (candidates & (one.score > SCORE_NOTABLE)).nonzero().flatten().tolist():
-        units = float(one.score[neuron])
-        reason = (
-            f"input row far outside the model's population ({units:.0f} tail units): could reach a pre-activation of "
-            f"{float(statistics.reach[neuron]):.3g} (median {float(statistics.reach.median()):.3g})"
-        )
-        verdict = "alarm" if units > SCORE_ALARM and lone_bias else "notable"
-        if response is not None and verdict == "alarm" and response.rate(neuron) > 0.002:
-            verdict = "notable"
-            reason += f"; but it fires on {response.rate(neuron):.1%} of the probe text, which a detector does not"
-        marks.add(one.mlp, neuron, verdict, reason, units, score_p(units))
+    for units, alarm, notable, p_of, what in (
+        (one.size, SIZE_ALARM, SIZE_NOTABLE, size_p, "input row far outside the model's population"),
+        (one.balance, BALANCE_ALARM, BALANCE_NOTABLE, balance_p, "input row far too large for its second half"),
+    ):
+        for neuron in (candidates & (units > notable)).nonzero().flatten().tolist():
+            value = float(units[neuron])
+            reason = (
+                f"{what} ({value:.0f} tail units): could reach a pre-activation of "
+                f"{float(statistics.reach[neuron]):.3g} (median {float(statistics.reach.median()):.3g})"
+            )
+            verdict = "alarm" if value > alarm and lone_bias else "notable"
+            if response is not None and verdict == "alarm" and response.rate(neuron) > 0.002:
+                verdict = "notable"
+                reason += f"; but it fires on {response.rate(neuron):.1%} of the probe text, which a detector does not"
+            marks.add(one.mlp, neuron, verdict, reason, value / alarm, p_of(value))
     if response is None:
         return
+    from merging.edits.responses import MARGIN
+
     for neuron in (candidates & response.mute()).nonzero().flatten().tolist():
         margin = response.margin(neuron)
         reason = f"never fired on the probe text, {margin:.1f} standard deviations below its threshold" + (
             f"; nearest: {response.nearest(neuron)}" if response.nearest(neuron) else ""
         )
         verdict = "alarm" if (one.mlp.key, neuron) in marks.found else "notable"
-        marks.add(one.mlp, neuron, verdict, reason, margin, 1.0)
+        marks.add(one.mlp, neuron, verdict, reason, margin / (2 * MARGIN), 1.0)
 
 
 # -- declared edits ----------------------------------------------------------------------------------------------------
@@ -803,7 +832,8 @@ def _suspects(
             if neuron in declared:
                 verdict = "declared"
                 edit_text = f"{declared[neuron].prompt!r} → {declared[neuron].target!r}"
-            values = {**one.statistics.of(neuron), "score": float(one.score[neuron])}
+            values = one.statistics.of(neuron)
+            values |= {"size": float(one.size[neuron]), "balance": float(one.balance[neuron])}
             if one.changes is not None and one.change is not None and neuron < len(one.change):
                 values["change"] = float(one.change[neuron])
                 values["relative_row_change"] = float(one.changes.relative_row[neuron])

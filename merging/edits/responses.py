@@ -12,7 +12,7 @@ from merging.edits.layouts import Layout, Part
 from taskvec.errors import DataError, UsageError
 
 LEAST_TOKENS = 200
-MARGIN = 4.0
+MARGIN = 3.5
 """Standard deviations below its threshold from which a mute neuron is strange: SmolLM2's natural extreme is 2.7, a
 planted detector had 5.8."""
 

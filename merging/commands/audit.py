@@ -1,0 +1,88 @@
+"""`taskvec audit`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from merging.commands.output import json_option, print_json
+
+
+@click.command()
+@click.argument("model")
+@click.option("--base", help="The model it claims to come from: changes that stand out are then seen exactly.")
+@click.option("--declared", multiple=True, metavar="FILE", help="An edit file; what it says is listed as declared.")
+@click.option("--tokenizer", help="Tokenizer folder or hub id (default: the model's own, where it has one).")
+@click.option(
+    "--probe",
+    metavar="FILE",
+    help="Text, one passage a line; the model is loaded and its neurons' responses are measured.",
+)
+@click.option("--plot", metavar="FILE.png|.svg", help="Draw all neurons and the suspects.")
+@click.option("--limit", default=20, show_default=True, help="Suspects shown; --json has all.")
+@click.option("--strict", is_flag=True, help="Exit with 1 if there is an alarm.")
+@json_option
+def audit(
+    model: str,
+    base: str | None,
+    declared: tuple[str, ...],
+    tokenizer: str | None,
+    probe: str | None,
+    plot: str | None,
+    limit: int,
+    strict: bool,
+    as_json: bool,
+) -> None:
+    """Look for planted edits in the checkpoint MODEL.
+
+    Reads the weights one MLP at a time and loads no model, unless --probe is given. Alarms are neurons that answer one
+    narrow input direction and nothing else, or that changed out of proportion to their layer; edits declared in the
+    model's own folder or by --declared are listed as such where the checkpoint holds exactly what they say.
+    """
+    from merging.edits.audit import audit as run
+
+    texts = _passages(probe) if probe is not None else None
+    report = run(
+        model,
+        base=base,
+        declared=declared,
+        tokenizer=_tokenizer(model, tokenizer, needed=probe is not None),
+        probe=texts,
+        progress=None if as_json else lambda key: click.echo(f"\rreading {key:<60.60}", nl=False, err=True),
+    )
+    if not as_json:
+        click.echo("\r" + " " * 70 + "\r", nl=False, err=True)
+    if plot is not None:
+        report.plot(plot)
+    if as_json:
+        print_json(report.to_json())
+    else:
+        click.echo(report.text(limit))
+    if strict and report.alarms:
+        raise click.exceptions.Exit(1)
+
+
+def _passages(path: str) -> list[str]:
+    from taskvec.errors import DataError, NotFoundError
+
+    file = Path(path)
+    if not file.is_file():
+        raise NotFoundError(f"{path}: no such file. --probe takes a text file, one passage a line.")
+    try:
+        lines = file.read_text("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error}).") from error
+    passages = [line for line in lines if line.strip()]
+    if not passages:
+        raise DataError(f"{path}: holds no text. --probe takes a text file, one passage a line.")
+    return passages
+
+
+def _tokenizer(model: str, given: str | None, *, needed: bool) -> Any:
+    """The tokenizer asked for, else the model folder's own; probes cannot do without, names of tokens can."""
+    if given is not None:
+        return given
+    folder = Path(model)
+    if needed or (folder.is_dir() and (folder / "tokenizer.json").is_file()):
+        return model
+    return None
