@@ -18,7 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from merging.learn.inversion import Additive, Perturbation, invert_triggers, measured_range, place, stamped
+from merging.learn.inversion import (
+    Additive,
+    InvertedTrigger,
+    Perturbation,
+    invert_triggers,
+    measured_range,
+    place,
+    stamped,
+)
 from merging.learn.masked import Draw, MaskedModel, MaskLogits
 from merging.learn.masks import Tensors, Vector
 from taskvec.errors import DataError, LearningError, MismatchError, ParameterError, Problems, UsageError, did_you_mean
@@ -95,7 +103,8 @@ class DamConfig:
             the adaptation data.
         inversion_steps: optimisation steps of the trigger inversion.
         inversion_size: largest share of the input that an inverted patch may cover, in (0, 1).
-        triggers_per_task: how many inverted triggers are kept per task.
+        flag: a class is suspected when an inverted patch sends more than this share of inputs to it, in (0, 1].
+        restarts: searches from other starting points, of each kind, for a suspected class.
         refine_steps: steps by which an inverted trigger is adapted to the merged model after each mask step.
         final_mask: "mean" (deterministic), "sample" (one relaxed sample) or "bernoulli" (one hard sample).
         coefficient_lr: Adam's step size for learned coefficients.
@@ -137,9 +146,12 @@ class DamConfig:
     adv_steps: int = 1
     input_range: tuple[Any, Any] | None = None
     inversion_steps: int = 60
-    inversion_size: float = 0.1
-    triggers_per_task: int = 4
+    inversion_size: float = 0.03
+    flag: float = 0.5
+    restarts: int = 4
     refine_steps: int = 0
+    refine_lr: float = 0.1
+    share_triggers: bool = False
     final_mask: Literal["mean", "sample", "bernoulli"] = _UNSET
     coefficient_lr: float = _UNSET
     clamp_coefficients: bool = False
@@ -178,7 +190,7 @@ class DamConfig:
         for name in ("mask_steps", "refit_steps", "inversion_steps", "refine_steps", "adv_steps"):
             if getattr(self, name) < 0:
                 problems.add(f"{name}: {getattr(self, name)} is negative")
-        for name in ("batch_size", "triggers_per_task", "min_elements"):
+        for name in ("batch_size", "restarts", "min_elements"):
             if getattr(self, name) < 1:
                 problems.add(f"{name}: {getattr(self, name)} is less than 1")
         if self.safety_weight < 0:
@@ -405,7 +417,8 @@ class _Trainer:
         self.history: list[dict[str, Any]] = []
         self.warnings: list[str] = []
         self.perturbations: dict[str, list[Perturbation]] = {}
-        self.triggers: list[Any] = []
+        self.triggers: list[InvertedTrigger] = []
+        self.scan: dict[str, dict[int, float]] = {}
         self.low: Tensor | None = None
         self.high: Tensor | None = None
 
@@ -589,7 +602,7 @@ class _Corrected:
             self.rest = torch.empty_like(model.total)
         self.low, self.high = trainer.low, trainer.high
         self.adversary: torch.optim.Adam | None = None
-        self.refiner: torch.optim.Adam | None = None
+        self.refiners: list[torch.optim.Adam] = []
 
     # -- losses
     def performance(self, logits: Sequence[Tensor], targets: Sequence[Tensor | None]) -> Tensor:
@@ -730,7 +743,7 @@ class _Corrected:
         if config.safety_source in ("universal", "both"):
             self._universal(batches, before)
         if config.refine_steps and trainer.triggers:
-            self._refine(batches)
+            self._refine(batches, step)
 
     def _universal(self, batches: Any, before: Sequence[Tensor]) -> None:
         config, trainer = self.config, self.trainer
@@ -762,29 +775,36 @@ class _Corrected:
             for a in self.additive.values():
                 a.project_()
 
-    def _refine(self, batches: Any) -> None:
+    def _refine(self, batches: Any, step: int) -> None:
+        """Adapt two of the inverted triggers, in turn, to the merged model as it stands."""
         trainer = self.trainer
-        variables = [v for trigger in trainer.triggers for v in trigger.perturbation.variables]
-        if self.refiner is None:
-            for variable in variables:
-                variable.requires_grad_()
-            self.refiner = torch.optim.Adam(variables, lr=self.config.adv_lr)
+        if not self.refiners:
+            for trigger in trainer.triggers:
+                for variable in trigger.perturbation.variables:
+                    variable.requires_grad_()
+                self.refiners.append(torch.optim.Adam(list(trigger.perturbation.variables), lr=self.config.refine_lr))
         inputs = dict(batches)
+        count = len(trainer.triggers)
+        chosen = sorted({(2 * step) % count, (2 * step + 1) % count})
         for _ in range(self.config.refine_steps):
             moved, targets = [], []
-            for trigger in trainer.triggers:
+            for index in chosen:
+                trigger = trainer.triggers[index]
                 spot = place(self.model.module, inputs[trigger.task])
                 changed = trigger.perturbation(spot.inputs)
                 moved.append((trigger.task, spot.put(changed)))
                 targets.append(torch.full((len(changed),), trigger.target, device=changed.device))
-            loss = torch.stack(
-                [F.cross_entropy(logits, target) for logits, target in zip(trainer.logits(moved), targets, strict=True)]
-            ).sum()
-            for variable, gradient in zip(variables, torch.autograd.grad(loss, variables), strict=True):
+            losses = [
+                F.cross_entropy(logits, target) for logits, target in zip(trainer.logits(moved), targets, strict=True)
+            ]
+            variables = [v for index in chosen for v in trainer.triggers[index].perturbation.variables]
+            for variable, gradient in zip(
+                variables, torch.autograd.grad(torch.stack(losses).sum(), variables), strict=True
+            ):
                 variable.grad = gradient
-            self.refiner.step()
-            for trigger in trainer.triggers:
-                trigger.perturbation.project_()
+            for index in chosen:
+                self.refiners[index].step()
+                trainer.triggers[index].perturbation.project_()
 
 
 class _CollapseGuard:
@@ -1114,31 +1134,44 @@ def _prepare(trainer: _Trainer, coefficients: Tensor) -> None:
 
 
 def _invert(trainer: _Trainer, task: str, inputs: Tensor, predict: Callable[[Batch], Tensor]) -> None:
+    """Scan every class of one model for a small patch that wins it over, and search again where one was found."""
     config = trainer.config
     assert trainer.low is not None
     assert trainer.high is not None
     for parameter in trainer.model.module.parameters():
         parameter.requires_grad_(False)
-    found = []
-    for kind in ("patch", "pattern"):
-        found += invert_triggers(
-            predict,
-            inputs,
-            task=task,
-            kind=kind,
-            low=trainer.low,
-            high=trainer.high,
-            size=config.inversion_size,
-            budget=config.budget,
-            norm=config.norm,
-            steps=config.inversion_steps,
-            seed=trainer.seed,
-        )
+    common: dict[str, Any] = {
+        "task": task,
+        "low": trainer.low,
+        "high": trainer.high,
+        "budget": config.budget,
+        "norm": config.norm,
+        "steps": config.inversion_steps,
+    }
+    scan = invert_triggers(predict, inputs, kind="patch", size=config.inversion_size, seed=trainer.seed, **common)
+    trainer.scan[task] = {trigger.target: trigger.success for trigger in scan}
+    flagged = [trigger.target for trigger in scan if trigger.success >= config.flag]
+    if flagged:
+        goals = flagged * config.restarts
+        for kind, size, seed in (("patch", 1.0, 1), ("patch", 2.0, 2), ("pattern", 1.0, 3)):
+            trainer.triggers += [
+                trigger
+                for trigger in invert_triggers(
+                    predict,
+                    inputs,
+                    kind=kind,  # type: ignore[arg-type]
+                    size=size * config.inversion_size,
+                    targets=goals,
+                    seed=trainer.seed + seed,
+                    **common,
+                )
+                if trigger.success >= config.flag
+            ]
+        found = [trigger.perturbation for trigger in trainer.triggers if trigger.task == task]
+        for other in trainer.tasks if config.share_triggers else [task]:
+            trainer.perturbations.setdefault(other, []).extend(found)
     for segment in trainer.model.segments:
         segment.parameter.requires_grad_(True)
-    kept = sorted(found, key=lambda trigger: -trigger.success)[: config.triggers_per_task]
-    trainer.triggers += kept
-    trainer.perturbations[task] = [trigger.perturbation for trigger in kept]
 
 
 class _Known:

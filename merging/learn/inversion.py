@@ -172,7 +172,8 @@ def invert_triggers(
     kind: Literal["patch", "pattern"],
     low: Tensor,
     high: Tensor,
-    size: float = 0.05,
+    targets: Sequence[int] | None = None,
+    size: float = 0.03,
     budget: float = 0.33,
     norm: Literal["linf", "l2"] = "linf",
     steps: int = 60,
@@ -180,7 +181,7 @@ def invert_triggers(
     batch: int = 16,
     seed: int = 0,
 ) -> list[InvertedTrigger]:
-    """For each class, the perturbation of bounded size that best sends inputs to it; all classes are searched at once.
+    """For each target class, the perturbation of bounded size that best sends inputs to it; all are searched at once.
 
     Args:
         predict: inputs to logits [input, class], weights fixed.
@@ -189,6 +190,7 @@ def invert_triggers(
         kind: "patch" (a `Stamp` of mean weight `size`) or "pattern" (an `Additive` of norm `budget`).
         low: lowest valid input, broadcastable to one input.
         high: highest valid input.
+        targets: classes to search for; one may stand several times, each search starts elsewhere. Default: all.
         size: budget of a patch.
         budget: budget of a pattern.
         norm: of the pattern.
@@ -198,36 +200,38 @@ def invert_triggers(
         seed: of the choice of inputs and starting points.
 
     Returns:
-        One trigger per class, best first.
+        One trigger per target, in the order of the targets.
     """
     generator = torch.Generator().manual_seed(seed)
     held = max(1, len(inputs) // 5)
     train, test = inputs[:-held], inputs[-held:]
     shape = inputs.shape[1:]
     with torch.no_grad():
-        classes = predict(inputs[:1]).shape[-1]
-        clean = predict(test).argmax(-1)
+        clean = predict(test)
+    goals = list(range(clean.shape[-1])) if targets is None else list(targets)
+    clean = clean.argmax(-1)
     everything: Perturbation
     if kind == "patch":
-        spread = torch.randn((classes, 1, 1, *shape[1:]), generator=generator)
+        spread = torch.randn((len(goals), 1, 1, *shape[1:]), generator=generator)
         everything = Stamp(
-            (0.5 * spread - 1).to(inputs).requires_grad_(),
-            (0.5 * torch.randn((classes, 1, *shape), generator=generator)).to(inputs).requires_grad_(),
+            (spread - 1).to(inputs).requires_grad_(),
+            (0.5 * torch.randn((len(goals), 1, *shape), generator=generator)).to(inputs).requires_grad_(),
             size,
             low,
             high,
         )
         rate = lr
     else:
-        noise = 0.1 * budget * torch.randn((classes, 1, *shape), generator=generator)
+        noise = 0.3 * budget * torch.randn((len(goals), 1, *shape), generator=generator)
         everything = Additive(noise.to(inputs).requires_grad_(), budget, norm, low, high)
         rate = lr * (budget if norm == "linf" else budget / shape.numel() ** 0.5)
     optimiser = torch.optim.Adam(list(everything.variables), lr=rate)
-    targets = torch.arange(classes, device=inputs.device)
+    wanted = torch.tensor(goals, device=inputs.device)
     for _ in range(steps):
         chosen = train[torch.randint(len(train), (batch,), generator=generator).to(inputs.device)]
         logits = predict(everything(chosen.unsqueeze(0)).flatten(0, 1))
-        loss = F.cross_entropy(logits, targets.repeat_interleave(batch))
+        # a sum, so that the searches do not share one gradient scale
+        loss = F.cross_entropy(logits, wanted.repeat_interleave(batch)) * len(goals)
         gradients = torch.autograd.grad(loss, list(everything.variables))
         for variable, gradient in zip(everything.variables, gradients, strict=True):
             variable.grad = gradient
@@ -235,13 +239,13 @@ def invert_triggers(
         _project_each(everything)
     found = []
     with torch.no_grad():
-        for target in range(classes):
-            single = _single(everything, target)
+        for index, target in enumerate(goals):
+            single = _single(everything, index)
             others = clean != target
             flipped = predict(single(test)).argmax(-1) == target
             success = float(flipped[others].float().mean()) if bool(others.any()) else 0.0
             found.append(InvertedTrigger(task, target, kind, success, single))
-    return sorted(found, key=lambda trigger: -trigger.success)
+    return found
 
 
 @torch.no_grad()
