@@ -199,7 +199,7 @@ class Coefficients:
         flat = self.values.reshape(len(self.tasks), -1)
         column = torch.full((stop - start,), region.column * self.parts, dtype=torch.int64)
         if region.parts > 1:
-            column += torch.arange(start, stop) // region.inner % region.parts
+            column += torch.arange(start, stop) // region.inner % region.parts * self.parts
         name = self.aliases.get(name, name)
         if name in self.indices:
             column += self.indices[name].reshape(-1)[start:stop].to(torch.int64)

@@ -448,7 +448,7 @@ class _Run:
         scale = self.scale if self.precision == "fp16" else 1.0
         kept = False
         for batch in micro:
-            terms = _terms(self.objective, self.composition.model, moved(self._share(batch), self.device))
+            terms = terms_of(self.objective, self.composition.model, moved(self._share(batch), self.device))
             while True:
                 # backward runs outside autocast, so the context closes before each term goes out
                 with self._autocast():
@@ -603,7 +603,8 @@ def shard(batch: Batch, rank: int, ranks: int) -> Batch:
     raise DataError(f"A batch holds a {type(batch).__name__}; expected tensors, mappings and tuples of them.")
 
 
-def _terms(objective: Any, model: nn.Module, batch: Batch) -> Iterator[Term]:
+def terms_of(objective: Any, model: nn.Module, batch: Batch) -> Iterator[Term]:
+    """The terms of an objective, or of a function of (model, batch) that returns the mean loss."""
     if hasattr(objective, "terms"):
         yield from objective.terms(model, batch)
         return
