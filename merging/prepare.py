@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from merging.method import MergeMethod, method
-from merging.recipe import Recipe, unmatched, value_at
+from merging.recipe import Recipe, TaskSpec, unmatched, value_at
 from merging.stacks import seeded
 from taskvec.blocks import depth_of
 from taskvec.checkpoint import Checkpoint
@@ -82,12 +82,17 @@ class Prepared:
 
             stages.append(Stage("task_arithmetic", "combine", lambda deltas: weighted_sum))
         if self.method.space == "delta" and recipe.scale != 1.0:
-            stages.append(Stage("scale", "postprocess", lambda deltas: self._scaled))
+            stages.append(Stage("scale", "postprocess", lambda deltas: self._scaling()))
         return stages + [self._stage(method(_name(step)), _given(step), count) for step in recipe.postprocess]
 
-    def _scaled(self, tile: Any) -> Tensor:
-        scaled: Tensor = tile.merged * value_at(self.recipe.scale, tile.name, self.depth)
-        return scaled
+    def _scaling(self) -> Kernel:
+        scale = self.recipe.scale
+
+        def scaled(tile: Any) -> Tensor:
+            result: Tensor = tile.merged * value_at(scale, tile.name, self.depth)
+            return result
+
+        return formula("scale", scale=float(scale))(scaled) if isinstance(scale, float | int) else scaled
 
     def _stage(self, chosen: MergeMethod, given: Mapping[str, Any], count: int) -> Stage:
         def start(deltas: Any) -> "Plan | Kernel":
@@ -175,7 +180,7 @@ def prepare(recipe: Recipe, out: "str | os.PathLike[str] | None" = None, *, over
     originals: dict[str, TensorSource] = {}
     tasks: list[Task] = []
     for spec in recipe.tasks:
-        task = _task(spec.label, spec.path, spec.revision, base, problems, missing_base=recipe.base is None)
+        task = _task(spec, base, problems, missing_base=recipe.base is None)
         if task is None:
             continue
         originals[task.name] = task.source
@@ -336,9 +341,8 @@ def _open(path: str, revision: str | None, problems: Problems) -> TensorSource |
         return None
 
 
-def _task(
-    name: str, path: str, revision: str | None, base: TensorSource | None, problems: Problems, *, missing_base: bool
-) -> Task | None:
+def _task(spec: TaskSpec, base: TensorSource | None, problems: Problems, *, missing_base: bool) -> Task | None:
+    name, path, revision = spec.label, spec.path, spec.revision
     folder = Path(path).expanduser()
     try:
         if (folder / "adapter_config.json").is_file():
@@ -350,7 +354,7 @@ def _task(
                 return None
             from taskvec.adapter import Adapter
 
-            return Task(name, Adapter.open(path, base), is_delta=True)
+            return Task(name, Adapter.open(path, base, skip=spec.skip, tied=spec.tied), is_delta=True)
         source = Checkpoint.open(path, revision)
         if is_task_vector(source):
             if base is None:

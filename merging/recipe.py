@@ -73,6 +73,10 @@ def unmatched(value: Any, names: Iterable[str]) -> list[str]:
     return [p for p in value if p != "default" and not any(fnmatchcase(name, p) for name in found)]
 
 
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 class TaskSpec(_Strict):
     """One model to merge.
 
@@ -82,6 +86,8 @@ class TaskSpec(_Strict):
         weight: its weight, a number, a gradient over depth, or by tensor pattern.
         revision: revision of a hub id.
         rename: prefixes of its tensor names that are replaced (`{"model.": ""}`).
+        skip: for an adapter, patterns of its modules that are left out (a head that the base lacks: `classifier*`).
+        tied: for an adapter that changes one use of a tied tensor: "refuse", or "both" to change both uses.
     """
 
     path: str
@@ -89,6 +95,8 @@ class TaskSpec(_Strict):
     weight: ByName = 1.0
     revision: str | None = None
     rename: dict[str, str] = Field(default_factory=dict)
+    skip: Annotated[list[str], BeforeValidator(_as_list)] = Field(default_factory=list)
+    tied: Literal["refuse", "both"] = "refuse"
 
     @property
     def label(self) -> str:
@@ -109,10 +117,6 @@ class OutputSpec(_Strict):
 
 def _as_task(value: Any) -> Any:
     return {"path": value} if isinstance(value, str) else value
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
 
 
 Patterns = Annotated[list[str], BeforeValidator(_as_list)]

@@ -101,6 +101,8 @@ class _Weights:
         self.path, self.label = path, label
         self._loaded: dict[str, Tensor] = {}
         self._handle: Any = None
+        self._recent: OrderedDict[str, Tensor] = OrderedDict()
+        self._lock = threading.Lock()
         if path.suffix == ".bin":
             self._loaded = self._unpickled()
             self.infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in self._loaded.items()}
@@ -153,8 +155,14 @@ class _Weights:
         return {str(name): value.detach() for name, value in loaded.items()}
 
     def read(self, name: str) -> Tensor:
-        values = self._loaded[name] if self._loaded else self._handle.get_tensor(name)
-        return finite(values, name, self.label)
+        with self._lock:
+            if name not in self._recent:
+                values = self._loaded[name] if self._loaded else self._handle.get_tensor(name)
+                self._recent[name] = finite(values, name, self.label)
+                # both factors of a stack of experts are read once for each expert
+                while len(self._recent) > 2:
+                    self._recent.popitem(last=False)
+            return self._recent[name]
 
 
 # -- opening -----------------------------------------------------------------------------------------------------------

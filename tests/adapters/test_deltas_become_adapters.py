@@ -432,3 +432,31 @@ def test_the_commands_write_adapters(zoo, tmp_path, command):
     assert code == 2
     assert "give one of --rank, --energy and --exact" in printed.err
     assert command(*arguments, tmp_path / "merged", zoo["adapters"][0])[0] == 1
+
+
+def test_a_recipe_says_what_of_an_adapter_to_leave_out(bert, saved_adapter, tmp_path):
+    from taskvec.errors import RecipeError
+
+    bert.bert.save_pretrained(tmp_path / "base")
+    folder = saved_adapter(bert, LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS"), tmp_path / "a")
+    task = {"path": str(folder)}
+    values = {"base": str(tmp_path / "base"), "method": "task_arithmetic"}
+    with pytest.raises(RecipeError, match="the base has no such tensor"):
+        merge(Recipe.from_data(values | {"tasks": [task]}), tmp_path / "out")
+    merge(Recipe.from_data(values | {"tasks": [task | {"skip": "classifier*"}]}), tmp_path / "out")
+    base, merged = Checkpoint.open(tmp_path / "base"), Checkpoint.open(tmp_path / "out")
+    moved = [name for name in base.infos if not torch.equal(base.read(name), merged.read(name))]
+    assert moved == [f"encoder.layer.{layer}.attention.self.query.weight" for layer in (0, 1)]
+
+
+def test_a_recipe_says_whether_both_uses_of_a_tied_tensor_change(tied_llama, saved_adapter, tmp_path):
+    from taskvec.errors import RecipeError
+
+    tied_llama.save_pretrained(tmp_path / "base")
+    folder = saved_adapter(tied_llama, LoraConfig(r=4, target_modules=["embed_tokens"]), tmp_path / "a")
+    values = {"base": str(tmp_path / "base"), "method": "task_arithmetic"}
+    with pytest.raises(RecipeError, match="tied='both'"):
+        merge(Recipe.from_data(values | {"tasks": [{"path": str(folder)}]}), tmp_path / "out")
+    merge(Recipe.from_data(values | {"tasks": [{"path": str(folder), "tied": "both"}]}), tmp_path / "out")
+    base, merged = Checkpoint.open(tmp_path / "base"), Checkpoint.open(tmp_path / "out")
+    assert not torch.equal(base.read("model.embed_tokens.weight"), merged.read("model.embed_tokens.weight"))
