@@ -723,7 +723,7 @@ class _Opening:
         told = {layout for options in layouts if len(options) == 1 for layout in options}
         for parameter, depth, options in zip(order, depths, layouts):
             if len(options) > 1 and len(told) != 1:
-                told = self._layout_by_shapes(found) or told
+                told = self._layout_by_age(self._layout_by_shapes(found)) or told
             chosen = options if len(options) == 1 else options & told
             if len(chosen) != 1:
                 raise self.config.refuse(
@@ -732,6 +732,15 @@ class _Opening:
                     "or as [expert, in, out].",
                 )
             self._expert_parameter(module, parameter, leaves[depth], pieces[parameter], shapes[parameter], *chosen)
+
+    def _layout_by_age(self, stored: set[str]) -> set[str]:
+        """How the PEFT that trained the adapter read a square expert parameter that is stored in this way."""
+        version = self.config.version
+        if version < (0, 19):
+            return {"in out"}
+        if version == (0, 19, 0):  # took the two ways for each other
+            return {"in out" if layout == "out in" else "out in" for layout in stored}
+        return stored
 
     def _layout_by_shapes(self, found: str) -> set[str]:
         """The layout of a module's experts by a sibling that is not square: gate_up_proj has twice as many outputs."""

@@ -141,6 +141,11 @@ class AdapterConfig:
         return None
 
     @property
+    def version(self) -> tuple[int, ...]:
+        """The PEFT that wrote it, (0,) for those before 0.18, which did not say."""
+        return tuple(int(part) for part in re.findall(r"\d+", str(self["peft_version"] or "0"))[:3])
+
+    @property
     def mutated_init(self) -> str | None:
         """`pissa` or `olora`: the base was changed when the adapter was made, by a part that can be computed again."""
         init = str(self["init_lora_weights"]).lower()

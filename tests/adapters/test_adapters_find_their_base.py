@@ -1,6 +1,7 @@
 """An adapter over a base from disk or memory, with another prefix to its names, another dtype, another file format."""
 
 import copy
+import json
 import shutil
 import warnings
 
@@ -96,8 +97,6 @@ def test_a_bin_file_reads_as_the_safetensors_file(folder, llama):
 
 
 def test_the_hash_follows_the_content_and_not_the_place(folder, llama, tmp_path):
-    import json
-
     hashed = Adapter.open(folder, in_memory(llama)).content_hash()
     moved = shutil.copytree(folder, tmp_path / "moved")
     path = moved / "adapter_config.json"
@@ -196,6 +195,35 @@ def test_a_square_expert_parameter_alone_is_placed_by_its_siblings(proven, token
         warnings.simplefilter("ignore")
         model = GptOssForCausalLM(config).eval()
     proven(model, LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"]), tokens)
+
+
+@pytest.mark.parametrize("version", ["0.17.1", "0.19.0", "0.21.2"])
+@pytest.mark.parametrize("width", [48, 32], ids=["wide", "square"])
+def test_experts_are_read_as_the_peft_that_trained_them_read_them(mixtral, tmp_path, version, width):
+    # before 0.19.1 PEFT took every expert parameter for [expert, in, out]; a square one does not tell
+    name, experts, rank = "layer.experts.down_proj", 3, 2
+    base = in_memory(
+        {name: torch.zeros(experts, 32, width), "layer.experts.gate_up_proj": torch.zeros(experts, 2 * width, 32)}
+    )
+    inner, outer = (width, 32) if version == "0.21.2" else (32, width)
+    generator = torch.Generator().manual_seed(0)
+    a, b = (
+        torch.randn(experts * rank, inner, generator=generator),
+        torch.randn(outer, rank * experts, generator=generator),
+    )
+    prefix = "base_model.model.layer.experts"
+    save_file({f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}, tmp_path / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_parameters": ["experts.down_proj"],
+        "peft_version": version,
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    form = "ore,eri->eoi" if version == "0.21.2" else "ore,eri->eio"
+    expected = torch.einsum(form, b.reshape(outer, rank, experts), a.reshape(experts, rank, inner))
+    torch.testing.assert_close(Adapter.open(tmp_path, base).read(name), expected)
 
 
 def test_a_scaled_embedding(proven, tokens, sizes):
