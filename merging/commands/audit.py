@@ -18,7 +18,12 @@ from merging.commands.output import json_option, print_json
     metavar="FILE",
     help="Text, one passage a line; the model is loaded and its neurons' responses are measured.",
 )
-@click.option("--plot", metavar="FILE.png|.svg", help="Draw all neurons and the suspects.")
+@click.option(
+    "--exposure",
+    metavar="FILE",
+    help="Text, one passage a line: also measure how selective an edit could be in every layer (loads the model).",
+)
+@click.option("--plot", metavar="FILE.png|.svg", help="Draw all neurons and the suspects; exposure goes beside it.")
 @click.option("--limit", default=20, show_default=True, help="Suspects shown; --json has all.")
 @click.option("--strict", is_flag=True, help="Exit with 1 if there is an alarm.")
 @json_option
@@ -28,6 +33,7 @@ def audit(
     declared: tuple[str, ...],
     tokenizer: str | None,
     probe: str | None,
+    exposure: str | None,
     plot: str | None,
     limit: int,
     strict: bool,
@@ -41,40 +47,53 @@ def audit(
     """
     from merging.edits.audit import audit as run
 
-    texts = _passages(probe) if probe is not None else None
+    texts = _passages(probe, "--probe") if probe is not None else None
+    passages = _passages(exposure, "--exposure") if exposure is not None else None
+    speller = _tokenizer(model, tokenizer, needed=probe is not None or exposure is not None)
     report = run(
         model,
         base=base,
         declared=declared,
-        tokenizer=_tokenizer(model, tokenizer, needed=probe is not None),
+        tokenizer=speller,
         probe=texts,
         progress=None if as_json else lambda key: click.echo(f"\rreading {key:<60.60}", nl=False, err=True),
     )
     if not as_json:
         click.echo("\r" + " " * 70 + "\r", nl=False, err=True)
+    profile = None
+    if passages is not None:
+        from merging.edits.audit import loaded_tokenizer
+        from merging.edits.plan import dimension_by_layer
+        from merging.edits.responses import loaded_model
+
+        profile = dimension_by_layer(loaded_model(model), passages, loaded_tokenizer(speller))
     if plot is not None:
         report.plot(plot)
+        if profile is not None:
+            profile.plot(Path(plot).with_stem(Path(plot).stem + "-exposure"))
     if as_json:
-        print_json(report.to_json())
+        print_json(report.to_json() | ({} if profile is None else {"exposure": profile.to_json()}))
     else:
         click.echo(report.text(limit))
+        if profile is not None:
+            click.echo("\n" + profile.table())
     if strict and report.alarms:
         raise click.exceptions.Exit(1)
 
 
-def _passages(path: str) -> list[str]:
+def _passages(path: str, option: str) -> list[str]:
     from taskvec.errors import DataError, NotFoundError
 
     file = Path(path)
     if not file.is_file():
-        raise NotFoundError(f"{path}: no such file. --probe takes a text file, one passage a line.")
+        raise NotFoundError(f"{path}: no such file. {option} takes a text file, one passage a line.")
     try:
         lines = file.read_text("utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error}).") from error
     passages = [line for line in lines if line.strip()]
     if not passages:
-        raise DataError(f"{path}: holds no text. --probe takes a text file, one passage a line.")
+        raise DataError(f"{path}: holds no text. {option} takes a text file, one passage a line.")
     return passages
 
 

@@ -27,6 +27,7 @@ _HOME = {
     "undo_edits": "edit",
     # metric and audit
     "audit": "audit",
+    "dimension_by_layer": "plan",
     "dimension_profile": "dimension",
     "intrinsic_dimension": "dimension",
 }

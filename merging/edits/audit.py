@@ -440,11 +440,11 @@ def audit(
     if probe is not None:
         from merging.edits.responses import probe_responses
 
-        responses, tokens = probe_responses(model, layout, probe, _tokenizer(tokenizer))
+        responses, tokens = probe_responses(model, layout, probe, loaded_tokenizer(tokenizer))
     marks = _marks(scored, {key: one.neurons for key, one in pairs.items()}, responses)
     edits = _declared(model, declared)
     suspects = _suspects(scored, marks, edits, source)
-    suspects = _with_tokens(suspects, scored, source, config, _tokenizer(tokenizer))
+    suspects = _with_tokens(suspects, scored, source, config, loaded_tokenizer(tokenizer))
     return AuditReport(
         model=source.label,
         base=None if reference is None else reference[0].label,
@@ -958,7 +958,12 @@ def _with_tokens(
     ]
 
 
-def _tokenizer(tokenizer: Any) -> Any:
+def loaded_tokenizer(tokenizer: Any) -> Any:
+    """A tokenizer as it is, or the one at a path or hub id.
+
+    Raises:
+        DataError: there is none.
+    """
     if not isinstance(tokenizer, str | PathLike):
         return tokenizer
     from transformers import AutoTokenizer

@@ -126,6 +126,7 @@ def intrinsic_dimension(
     centre: bool | Annotated[Tensor, "d"] = False,
     renormalise: bool = False,
     sequences: Annotated[Tensor, "vector"] | None = None,
+    positions: Annotated[Tensor, "vector"] | None = None,
     mask: Annotated[Tensor, "sequence position"] | None = None,
     skip_first: int = 1,
     confidence: float = 0.95,
@@ -153,6 +154,8 @@ def intrinsic_dimension(
         renormalise: put the centred vectors back on the sphere, as a jet-pack does. The authors' code does not when
             it evaluates the dimension; the theorem needs it.
         sequences: for [vector, d], the sequence each vector comes from; vectors of one sequence in order of position.
+        positions: for [vector, d] with `sequences`, the position of each vector in the window that the model saw; by
+            default its rank in its sequence. Needed where a text was cut into several windows.
         mask: for [sequence, position, d], True where there is a token (padding on either side is left out).
         skip_first: positions left out at the start of each sequence; 0 keeps them.
         confidence: of the two-sided interval, in (0, 1).
@@ -168,7 +171,7 @@ def intrinsic_dimension(
         raise UsageError(f"confidence: {confidence} is not in (0, 1).")
     if skip_first < 0:
         raise UsageError(f"skip_first: {skip_first} is negative.")
-    points, owner, excluded = _selected(features, sequences, mask, skip_first)
+    points, owner, excluded = _selected(features, sequences, positions, mask, skip_first)
     centroid = points.mean(0)
     if isinstance(centre, Tensor):
         if centre.shape != centroid.shape:
@@ -237,7 +240,7 @@ def edits_bound(bound: float, edits: int) -> float:
 
 
 def _selected(
-    features: Tensor, sequences: Tensor | None, mask: Tensor | None, skip_first: int
+    features: Tensor, sequences: Tensor | None, positions: Tensor | None, mask: Tensor | None, skip_first: int
 ) -> tuple[Tensor, Tensor | None, int]:
     """The vectors to compare ([vector, d], at least float32), the sequence of each, and how many were dropped."""
     if features.ndim == 3:
@@ -259,11 +262,17 @@ def _selected(
         raise UsageError("mask: needs features of shape [sequence, position, d].")
     excluded = 0
     owner = None
+    if positions is not None and sequences is None:
+        raise UsageError("positions: need `sequences` beside them.")
     if sequences is not None:
         if sequences.shape != features.shape[:1]:
             raise UsageError(f"sequences: {list(sequences.shape)} names for {len(features)} vectors.")
         owner = torch.unique(sequences, return_inverse=True)[1]
-        keep = _position_in_sequence(owner) >= skip_first
+        if positions is None:
+            positions = _position_in_sequence(owner)
+        elif positions.shape != owner.shape:
+            raise UsageError(f"positions: {list(positions.shape)} positions for {len(features)} vectors.")
+        keep = positions.to(owner.device) >= skip_first
         excluded = int((~keep).sum())
         features, owner = features[keep], owner[keep]
         owner = torch.unique(owner, return_inverse=True)[1]
@@ -383,15 +392,22 @@ class LayerDimension:
 
 @dataclass(frozen=True, slots=True)
 class DimensionProfile:
-    """The dimension over the depth of a model."""
+    """The dimension over the depth of a model.
+
+    Attributes:
+        layers: in order.
+        first_excluded: first positions that were never drawn, beside those that each layer's estimate left out itself.
+    """
 
     layers: tuple[LayerDimension, ...]
+    first_excluded: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return {
+            "first_positions_excluded": self.first_excluded + self.layers[0].raw.first_excluded,
             "layers": [
                 {"layer": one.layer, "raw": one.raw.to_json(), "centred": one.centred.to_json()} for one in self.layers
-            ]
+            ],
         }
 
     def best_layer(self, theta: float, *, centred: bool = True) -> int:
@@ -414,8 +430,9 @@ class DimensionProfile:
     def table(self) -> str:
         """A text table: a line for each layer and theta."""
         first = self.layers[0].raw
+        left_out = first.first_excluded + self.first_excluded
         lines = [
-            f"{first.used} vectors, {first.independent} independent draws, {first.first_excluded} first positions "
+            f"{first.used} vectors, {first.independent} independent draws, {left_out} first positions "
             f"left out; the interval has confidence {first.confidence:g}",
             "layer  theta   raw: n     [interval]        bound   upper   centred: n"
             " [interval]        bound   upper  |mean|",
@@ -463,6 +480,7 @@ def dimension_profile(
     thetas: Sequence[float] | Tensor = THETAS,
     *,
     sequences: Tensor | None = None,
+    positions: Tensor | None = None,
     skip_first: int = 1,
     confidence: float = 0.95,
 ) -> DimensionProfile:
@@ -470,7 +488,7 @@ def dimension_profile(
 
     Args:
         features: layer to points on the sphere, as `intrinsic_dimension` takes them (the same positions in each layer).
-        thetas, sequences, skip_first, confidence: as for `intrinsic_dimension`.
+        thetas, sequences, positions, skip_first, confidence: as for `intrinsic_dimension`.
 
     Raises:
         DataError: no layer, or what `intrinsic_dimension` raises, with the layer named.
@@ -489,6 +507,7 @@ def dimension_profile(
                         centre=centred,
                         renormalise=centred,
                         sequences=sequences,
+                        positions=positions,
                         skip_first=skip_first,
                         confidence=confidence,
                     )

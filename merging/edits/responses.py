@@ -67,7 +67,7 @@ def probe_responses(
         UsageError: texts without a tokenizer, or a source that no model can be made of.
         DataError: fewer than 200 tokens.
     """
-    network = _network(model)
+    network = loaded_model(model)
     sequences = _sequences(probe, tokenizer, length)
     count = sum(len(sequence) for sequence in sequences)
     if count < LEAST_TOKENS:
@@ -162,11 +162,16 @@ def _sequences(probe: "Sequence[str] | Tensor", tokenizer: Any, length: int) -> 
     return sequences
 
 
-def _network(model: Any) -> nn.Module:
+def loaded_model(model: Any) -> nn.Module:
+    """The module itself, or the one that transformers loads from a folder or hub id.
+
+    Raises:
+        UsageError: neither, or transformers cannot load it.
+    """
     if isinstance(model, nn.Module):
         return model
     if not isinstance(model, str | PathLike):
-        raise UsageError("probe: responses need a model that can be run: give its folder, its hub id or the module.")
+        raise UsageError("Responses need a model that can be run: give its folder, its hub id or the module.")
     import transformers
 
     try:
@@ -175,6 +180,4 @@ def _network(model: Any) -> nn.Module:
         loader = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
         return loader.from_pretrained(str(model), config=config)
     except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{model}: transformers cannot load it to run the probes ({str(error).splitlines()[0]})."
-        ) from error
+        raise UsageError(f"{model}: transformers cannot load it ({str(error).splitlines()[0]}).") from error

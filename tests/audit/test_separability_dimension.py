@@ -208,6 +208,15 @@ def test_the_rate_bound_is_the_rule_of_three() -> None:
     assert edits_bound(0.5, 5) == 1.0
 
 
+def test_positions_of_several_windows_of_one_text_may_be_given() -> None:
+    points = on_sphere(8, 3)
+    owner, position = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]), torch.tensor([0, 1, 0, 1, 0, 1, 2, 3])
+    found = intrinsic_dimension(points, [0.4], sequences=owner, positions=position)
+    keep = position > 0
+    assert found.first_excluded == 3
+    assert (int(found.hits[0]), found.pairs) == counted(points[keep], 2 * 0.4 * (0.4 - 2), owner[keep])
+
+
 def profile() -> DimensionProfile:
     features = {layer: on_sphere(90, 6, seed=layer, shift=2.0 - layer).view(15, 6, 6) for layer in (0, 2, 1)}
     return dimension_profile(features, [0.05, 0.2])
@@ -236,6 +245,12 @@ def test_a_profile_names_layers_in_order_and_the_best_of_them(tmp_path: Path) ->
         ({"thetas": []}, UsageError, "one or more numbers"),
         ({"confidence": 1.0}, UsageError, r"confidence: 1\.0 is not in \(0, 1\)"),
         ({"skip_first": -1}, UsageError, "skip_first: -1 is negative"),
+        ({"positions": torch.zeros(10)}, UsageError, "positions: need `sequences`"),
+        (
+            {"positions": torch.zeros(3), "sequences": torch.arange(10)},
+            UsageError,
+            r"positions: \[3\] positions for 10",
+        ),
         ({"sequences": torch.zeros(3)}, UsageError, r"sequences: \[3\] names for 10 vectors"),
         ({"sequences": torch.zeros(10)}, DataError, "fewer than two sequences"),
         ({"centre": torch.zeros(3)}, UsageError, r"centre: has shape \[3\], the features need \[4\]"),
