@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -152,6 +152,13 @@ def recipe_options(command: Any) -> Any:
 @click.option(
     "--out-adapter", metavar="rank=N|energy=SHARE|exact", help="Write the merged task vector as a LoRA adapter instead."
 )
+@click.option(
+    "--other",
+    type=click.Choice(["refuse", "save", "drop"]),
+    default="refuse",
+    show_default=True,
+    help="With --out-adapter: what to do with changed tensors that no LoRA can hold (norms, biases).",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output (swapped in whole at the end).")
 @click.option("--resume", is_flag=True, help="Go on from the finished shards of an interrupted run.")
 @click.option("--dry-run", is_flag=True, help="Print the recipe that the flags stand for, and stop.")
@@ -163,6 +170,7 @@ def merge_command(
     dry_run: bool,
     as_json: bool,
     out_adapter: str | None,
+    other: Literal["refuse", "save", "drop"],
     **flags: Any,
 ) -> None:
     """Merge models by a recipe, or by flags.
@@ -187,7 +195,7 @@ def merge_command(
             click.echo(recipe.dump(), nl=False)
         return
     if out_adapter is not None:
-        _write_adapter(recipe, out, out_adapter, overwrite=overwrite, as_json=as_json)
+        _write_adapter(recipe, out, out_adapter, other, overwrite=overwrite, as_json=as_json)
         return
     from merging.streamed import merge
 
@@ -201,11 +209,15 @@ def merge_command(
         click.echo(f"{merged.path}: {merged.provenance['tensors']['merged']} tensors merged by {recipe.method}")
 
 
-def _write_adapter(recipe: "Recipe", out: str, how: str, *, overwrite: bool, as_json: bool) -> None:
+def _write_adapter(
+    recipe: "Recipe", out: str, how: str, other: Literal["refuse", "save", "drop"], *, overwrite: bool, as_json: bool
+) -> None:
     from merging.adapter_out import merge_to_adapter
 
     with progress_bar() as progress:
-        report = merge_to_adapter(recipe, out, rank=how, overwrite=overwrite, progress=progress, notice=say)
+        report = merge_to_adapter(
+            recipe, out, rank=how, other=other, overwrite=overwrite, progress=progress, notice=say
+        )
     print_json(report.as_dict()) if as_json else click.echo(str(report))
 
 

@@ -416,7 +416,7 @@ def command(capsys):
     return run
 
 
-def test_the_commands_write_adapters(zoo, tmp_path, command):
+def test_the_commands_write_adapters(llama, zoo, tmp_path, command):
     code, printed = command("extract-lora", zoo["base"], zoo["tuned"], tmp_path / "lora", "--rank", 2)
     assert code == 0
     assert "4 tensors as LoRA factors" in printed.out
@@ -432,6 +432,15 @@ def test_the_commands_write_adapters(zoo, tmp_path, command):
     assert code == 2
     assert "give one of --rank, --energy and --exact" in printed.err
     assert command(*arguments, tmp_path / "merged", zoo["adapters"][0])[0] == 1
+    normed = copy.deepcopy(llama)
+    normed.model.norm.weight.data += 0.5
+    normed.save_pretrained(tmp_path / "normed")
+    code, printed = command(*arguments, tmp_path / "held", tmp_path / "normed")
+    assert code == 1
+    assert "model.norm.weight" in printed.err
+    code, printed = command(*arguments, "--other", "save", tmp_path / "held", tmp_path / "normed")
+    assert code == 0
+    assert "saved whole: model.norm.weight" in printed.out
 
 
 def test_a_recipe_says_what_of_an_adapter_to_leave_out(bert, saved_adapter, tmp_path):
