@@ -6,19 +6,21 @@ tiles with one torch thread, so reads, arithmetic and writes of different worker
 bits for every number of workers, every tile size and every budget.
 """
 
+import ctypes
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from taskvec.checkpoint import SEGMENT, Checkpoint, SegmentDigest, raw_bytes
-from taskvec.deltas import Deltas, OneTensor, StackDeltas, Tile
+from taskvec.deltas import Deltas, ModelDeltas, OneTensor, StackDeltas, Tile
 from taskvec.errors import NonFiniteError, TaskvecError, UsageError
 from taskvec.moments import CHUNK, exact, rounded_sum
 from taskvec.plan import Fold, Formula, Kernel, Plan, Report, Sample, Selection, formula_of
@@ -27,6 +29,7 @@ from taskvec.source import TensorSource
 TILE = 1 << 17  # elements a task: 0.5 MiB in float32, so that a stack of a few tasks stays in a 2 MiB cache
 TILE_RESIDENT = 1 << 24  # on a GPU launches cost more than cache misses
 SAMPLE_BLOCK = 256
+SLOT = 8 << 20  # bytes that a worker brings from a GPU at once
 
 Role = Literal["preprocess", "combine", "postprocess"]
 Unit = Literal["element", "tensor"]
@@ -189,12 +192,15 @@ class _Sweep:
         self._digests: dict[tuple[int, str], SegmentDigest] = {}
         self._stop = threading.Event()
         self._late: list[tuple[Stage, Report]] = []
+        self._uploaded: Any = None
+        self.readers = self.workers
         self._fused = _resident_on_gpu(deltas) if self.resident and scope == "model" and not self.whole else None
 
     # -- the two scopes ------------------------------------------------------------------------------------------------
 
     def run(self) -> Outcome:
         if self.scope == "model":
+            self._upload()
             for stage in self.stages:
                 self._chain.append((stage, self._plan(stage)))
             if not self._merged_fused():
@@ -256,7 +262,30 @@ class _Sweep:
             small = _TensorSweep(self, name, keep=fits)
             small.run()
 
-    # -- fused passes on a GPU -------------------------------------------------------------------------------------------
+    # -- on a GPU --------------------------------------------------------------------------------------------------------
+
+    def _upload(self) -> None:
+        """Keeps the inputs on the GPU while the merge lasts, where they fit; else tiles go there one by one."""
+        if self.options.device == "cpu" or self.resident or self.whole:
+            return
+        from taskvec.upload import Uploaded
+
+        device = torch.device(self.options.device)
+        if not Uploaded.fits(self.deltas, device):
+            return
+        assert isinstance(self.deltas, ModelDeltas)
+        there = Uploaded(self.deltas, device)
+
+        def item(name: str, start: int, stop: int) -> None:
+            watch = _Watch(self, name, start // SEGMENT)
+            there.load(name, start, stop, watch)
+            watch.close()
+
+        self._parallel(self._items(), item, "reading")
+        there.settle()
+        self.deltas, self.resident, self._uploaded = there, True, there
+        self._fused = _uploaded_on_gpu(there)
+        self.readers, self.workers = self.workers, 1
 
     def _selected_fused(self, request: Selection) -> Any:
         """Order statistics of the deltas themselves by one fused pass; None where that is not known."""
@@ -273,7 +302,9 @@ class _Sweep:
         if self._fused is None or told is None or self.skip:
             return False
         if isinstance(self.sink, Into):
-            done = self._fused.merge(told, self.sink.places, self.sink.scale)
+            done = self._fused.merge(told, self.sink.places, self.sink.scale * told.numbers.get("scale", 1.0))
+        elif self._uploaded is not None:
+            done = self._merged_onto_base(told)
         else:
             take = getattr(self.sink, "take_packed", None)
             parts = None if take is None else self._fused.packed(told)
@@ -283,6 +314,41 @@ class _Sweep:
         if done:
             self._after_fused()
         return done
+
+    def _merged_onto_base(self, told: Formula) -> bool:
+        """Finished weights in their stored dtype, made on the GPU and handed to a sink that takes such."""
+        kinds: Mapping[str, torch.dtype] | None = getattr(self.sink, "kinds", None)
+        if kinds is None or self._fused is None or self._uploaded is None:
+            return False
+        there = self._uploaded
+        outs = {
+            name: torch.empty(info.numel, dtype=kinds[name], device=there.device)
+            for name, info in there.infos.items()
+            if info.numel
+        }
+        if not self._fused.merge(told, outs, scale=float(told.numbers.get("scale", 1.0)), onto_base=True):
+            return False
+        self._after_fused()
+        finite = torch.stack([out.sum(dtype=torch.float32) for out in outs.values()]).isfinite().tolist()
+        for (name, out), fine in zip(outs.items(), finite):
+            bad = 0 if fine else int((~torch.isfinite(out)).sum())
+            if bad:
+                raise NonFiniteError(name, f"the result of {self.stages[-1].name}", bad)
+        torch.cuda.synchronize(there.device)
+        size = SLOT // 4
+        items = [
+            (name, start, min(start + size, info.numel))
+            for name, info in there.infos.items()
+            for start in range(0, max(info.numel, 1), size)
+        ]
+
+        def item(name: str, start: int, stop: int) -> None:
+            values = there.download(outs[name][start:stop]) if stop > start else torch.empty(0, dtype=kinds[name])
+            self.sink.take_weights(name, start, values)  # type: ignore[attr-defined]
+
+        self.workers = self.readers
+        self._parallel(items, item, "merging")
+        return True
 
     def _after_fused(self) -> None:
         """Counts the pass; the first one also found the norms, and any value that is not a number."""
@@ -479,6 +545,8 @@ class _Sweep:
                     if ahead is not None and index + self.workers < len(items):
                         ahead(*items[index + self.workers])
                     work(*items[index])
+                    if index % 4 == 0:
+                        _give_back()
                     with self._lock:
                         done += items[index][2] - items[index][1]
                     if self.options.progress is not None:
@@ -612,9 +680,25 @@ def _resident_on_gpu(deltas: Deltas) -> Any:
     return fused.Resident([fused.Entry(name, list(rows), None, weights) for name, rows, weights in stacks])
 
 
+def _uploaded_on_gpu(there: Any) -> Any:
+    """The same for inputs that were uploaded."""
+    try:
+        from taskvec import fused
+    except ImportError:
+        return None
+    rows = there.rows() if len(there.tasks) <= fused.MOST_TASKS else None
+    if rows is None or there.numel < fused.LEAST:
+        return None
+    return fused.Resident([fused.Entry(name, tuned, base, weights) for name, tuned, base, weights in rows])
+
+
 def _chain_formula(kernels: Sequence[Kernel]) -> Formula | None:
     """What a chain of kernels computes together."""
     told = [formula_of(kernel) for kernel in kernels]
+    last = told[-1]
+    if last is not None and last.name == "scale" and len(told) > 1:
+        scaled = _chain_formula(kernels[:-1])
+        return None if scaled is None else Formula(scaled.name, {**scaled.numbers, "scale": last.numbers["scale"]})
     if len(told) == 1:
         return told[0]
     if len(told) == 2:
@@ -622,6 +706,25 @@ def _chain_formula(kernels: Sequence[Kernel]) -> Formula | None:
         if first is not None and second is not None and (first.name, second.name) == ("trim", "weighted sum"):
             return Formula("trimmed sum", first.numbers)
     return None
+
+
+def _give_back() -> None:
+    """Returns freed memory to the system (glibc). Aligned buffers of changing sizes leave holes that its allocator does
+    not find again (glibc before 2.38), so that without this the peak grows with the model: measured 2.9 GB against
+    0.9 GB for a budget of 0.6 GB at 0.3 B parameters.
+    """
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    try:
+        found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError):
+        return None
+    return found
 
 
 @contextmanager
