@@ -287,6 +287,13 @@ def weighted(tile: Tile) -> Tensor:
     return tile.stack * tile.columns()
 
 
+def weighted_rows(tile: Tile) -> Iterator[Tensor]:
+    """The task vectors one after the other, each times its task weight: no second stack."""
+    for task, row in enumerate(tile.stack):
+        weight = tile.weight(task)
+        yield row if isinstance(weight, float) and weight == 1 else row * weight
+
+
 def plain_mean(tile: Tile) -> Tensor:
     """The mean of the (weighted) task vectors, in task order."""
     return tile.total().div_(len(tile.tasks))
@@ -337,5 +344,6 @@ __all__ = [
     "trimmed",
     "weighted",
     "weighted_mean",
+    "weighted_rows",
     "weighted_sum",
 ]

@@ -20,12 +20,16 @@ from torch import Tensor
 
 from taskvec.blocks import is_matrix
 
+_PIECE = 1 << 22  # elements converted to float64 at once
+
 
 @dataclass(frozen=True, slots=True)
 class Svd:
-    """A = left diag(values) rightᵀ within the numerical rank: left [m, rank], values [rank] falling, right [n, rank].
+    """A = left diag(values) rightᵀ within the numerical rank, largest directions first.
 
     Attributes:
+        left, values, right: [m, kept], [kept] falling, [n, kept], float64.
+        rank: the numerical rank.
         full: min(m, n).
         cut: singular values up to here count as zero.
     """
@@ -33,63 +37,89 @@ class Svd:
     left: Tensor
     values: Tensor
     right: Tensor
+    rank: int
     full: int
     cut: float
 
-    @property
-    def rank(self) -> int:
-        return int(self.values.shape[0])
-
     def top(self, count: int) -> "Svd":
         """The `count` largest directions (fewer where the rank is lower)."""
-        return Svd(self.left[:, :count], self.values[:count], self.right[:, :count], self.full, self.cut)
+        return Svd(self.left[:, :count], self.values[:count], self.right[:, :count], self.rank, self.full, self.cut)
 
     def dense(self, values: Tensor | None = None) -> Tensor:
         """The matrix, with other singular values if given."""
         return (self.left * (self.values if values is None else values)) @ self.right.T
 
 
-def svd(matrix: Tensor, dtype: torch.dtype | None = None, *, size: float | None = None) -> Svd:
+def svd(matrix: Tensor, dtype: torch.dtype | None = None, *, size: float | None = None, most: int | None = None) -> Svd:
     """The singular value decomposition within the numerical rank, in float64.
 
     Args:
         matrix: [m, n].
         dtype: precision of the data that it was made of; default: its own.
         size: what rounding is relative to; default: its largest singular value.
+        most: largest number of directions wanted; default: all.
     """
     precision = torch.finfo(dtype or matrix.dtype).eps
-    wide = matrix.double()
-    full = min(wide.shape)
-    if precision < 1e-10:
-        left, values, right_t = torch.linalg.svd(wide, full_matrices=False)
-        right = right_t.T
-    else:
-        tall = wide.shape[0] > wide.shape[1]
-        squares, vectors = torch.linalg.eigh(wide.T @ wide if tall else wide @ wide.T)
-        values, vectors = squares.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
-        left = right = vectors
-    largest = float(values[0]) if full else 0.0
-    cut = max(wide.shape) * precision * (largest if size is None else size)
-    rank = int((values > cut).sum())
-    values = values[:rank]
-    if precision < 1e-10:
-        return Svd(left[:, :rank], values, right[:, :rank], full, cut)
-    if tall:
-        right = right[:, :rank]
-        return Svd(wide @ right / values, values, right, full, cut)
-    left = left[:, :rank]
-    return Svd(left, values, wide.T @ left / values, full, cut)
+    full = min(matrix.shape)
+    wanted = full if most is None else min(most, full)
+    if precision < _FINE:
+        left, values, right_t = torch.linalg.svd(matrix.double(), full_matrices=False)
+        rank, cut = _rank(values, matrix.shape, precision, size)
+        keep = min(rank, wanted)
+        return Svd(left[:, :keep], values[:keep], right_t[:keep].T, rank, full, cut)
+    tall = matrix.shape[0] > matrix.shape[1]
+    squares, vectors = torch.linalg.eigh(_gram(matrix if tall else matrix.T))
+    values, vectors = squares.flip(0).clamp_(min=0).sqrt_(), vectors.flip(1)
+    rank, cut = _rank(values, matrix.shape, precision, size)
+    keep = min(rank, wanted)
+    values, vectors = values[:keep], vectors[:, :keep]
+    other = _times(matrix if tall else matrix.T, vectors).div_(values)
+    return Svd(other, values, vectors, rank, full, cut) if tall else Svd(vectors, values, other, rank, full, cut)
+
+
+_FINE = 1e-10  # finer than this is float64, whose rank a Gram matrix cannot show
+
+
+def _rank(values: Tensor, shape: Sequence[int], precision: float, size: float | None) -> tuple[int, float]:
+    largest = float(values[0]) if len(values) else 0.0
+    cut = max(shape) * precision * (largest if size is None else size)
+    return int((values > cut).sum()), cut
+
+
+def _gram(tall: Tensor) -> Tensor:
+    """AᵀA in float64, a few rows at a time: no float64 copy of the whole."""
+    total = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=tall.device)
+    for piece in tall.split(max(1, _PIECE // max(1, tall.shape[1]))):
+        wide = piece.double()
+        total.addmm_(wide.T, wide)
+    return total
+
+
+def _times(tall: Tensor, right: Tensor) -> Tensor:
+    """A B in float64, a few rows at a time."""
+    result = torch.empty(tall.shape[0], right.shape[1], dtype=torch.float64, device=tall.device)
+    rows = max(1, _PIECE // max(1, tall.shape[1]))
+    for piece, part in zip(tall.split(rows), result.split(rows)):
+        torch.mm(piece.double(), right, out=part)
+    return result
 
 
 def polar(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """The polar factor U Vᵀ of U Σ Vᵀ within the numerical rank, float64: the nearest partial isometry.
 
     Args:
-        matrix: [m, n].
+        matrix: [m, n], no wider than it is tall.
         dtype: precision of the data that it was made of.
     """
-    found = svd(matrix, dtype)
-    return found.left @ found.right.T
+    precision = torch.finfo(dtype).eps
+    if precision < _FINE or matrix.shape[0] < matrix.shape[1]:
+        found = svd(matrix, dtype)
+        return found.left @ found.right.T
+    squares, vectors = torch.linalg.eigh(_gram(matrix))
+    values = squares.clamp_(min=0).sqrt_()
+    there = values > max(matrix.shape) * precision * (float(values[-1]) if len(values) else 0.0)
+    inverse = (vectors[:, there] / values[there]) @ vectors[:, there].T
+    return _times(matrix, inverse)
 
 
 class RankWatch:

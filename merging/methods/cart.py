@@ -1,8 +1,9 @@
 """CART: task vectors around the average, of reduced rank."""
 
+import torch
 from torch import Tensor
 
-from merging.method import Number, Patterns, Share, merge_method, plain_mean, weighted
+from merging.method import Number, Patterns, Share, merge_method, plain_mean, weighted_rows
 from merging.spectra import is_weight_matrix, share_of_rank, svd
 from taskvec.deltas import Deltas, Tile
 from taskvec.plan import Kernel
@@ -24,9 +25,9 @@ def cart(deltas: Deltas, *, share: Share = 0.08, gain: Number = 1.0, averaged: P
         mean = plain_mean(tile)
         if not is_weight_matrix(tile.name, tile.shape, averaged):
             return mean
-        keep, total = share_of_rank(share, min(tile.shape)), mean.double()
-        for delta in weighted(tile):
-            total = total + gain * svd(delta.double() - mean.double(), mean.dtype).top(keep).dense()
+        keep, total = share_of_rank(share, min(tile.shape)), mean.to(torch.float64, copy=True)
+        for delta in weighted_rows(tile):
+            total.add_(svd(delta.double() - mean, mean.dtype, most=keep).dense(), alpha=gain)
         return total.to(mean.dtype)
 
     return kernel

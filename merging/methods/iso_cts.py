@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from merging.method import Patterns, merge_method, plain_mean, weighted
+from merging.method import Patterns, merge_method, plain_mean, weighted_rows
 from merging.spectra import RankWatch, is_weight_matrix, polar, svd
 from taskvec.deltas import Deltas, Tile
 from taskvec.plan import Plan, Report
@@ -45,19 +45,19 @@ def iso_cts(
         own = min(own, full // count)
         if own == 0:
             watch.note(tile.name, "so many tasks leave no directions of their own: Iso-C is what remains")
-        total = watch.saw(tile.name, svd(tile.total())).top(full - own * count)
+        total = watch.saw(tile.name, svd(tile.total(), most=full - own * count))
         parts = []
-        for delta in weighted(tile) if own else ():
+        for delta in weighted_rows(tile) if own else ():
             wide = delta.double()
             size = float(torch.linalg.matrix_norm(wide))  # rounding is relative to the task vector, not to its rest
-            parts.append(svd(wide - total.left @ (total.left.T @ wide), dtype, size=size).top(own))
+            parts.append(svd(wide - total.left @ (total.left.T @ wide), dtype, size=size, most=own))
         parts.append(total)
-        values = torch.cat([part.values for part in parts])
+        values, lefts, rights = (torch.cat(sides, -1) for sides in zip(*((p.values, p.left, p.right) for p in parts)))
+        del parts, total
         if not len(values):
             return torch.zeros_like(tile.stack[0])
-        left = polar(torch.cat([part.left for part in parts], 1), dtype)
-        right = polar(torch.cat([part.right for part in parts], 1), dtype)
         mean = values.sum() / (len(values) if mean_over == "rank" else full)
-        return (mean * (left @ right.T)).to(dtype)
+        left = polar(lefts, dtype).mul_(mean)
+        return (left @ polar(rights, dtype).T).to(dtype)
 
     return kernel

@@ -32,8 +32,8 @@ def low_rank(
             return tile.stack
         result = torch.empty_like(tile.stack)
         for delta, kept in zip(tile.stack, result):
-            found = svd(delta)
-            keep = rank if rank is not None else share_of_rank(share, found.full)
+            keep = rank if rank is not None else share_of_rank(share, min(tile.shape))
+            found = svd(delta, most=None if energy is not None else keep)
             if energy is not None:
                 total = found.values.square().cumsum(0)
                 keep = int((total < energy * total[-1:]).sum()) + 1

@@ -32,8 +32,8 @@ def svc(deltas: Deltas, *, floor: Positive = 1.0, excluded: Patterns = ()) -> Ke
         merged_part = found.values[:, None] * found.right.T
         least = found.cut
         total = torch.zeros_like(found.values)
-        for delta in tile.stack.double():
-            part = found.left.T @ delta
+        for delta in tile.stack:
+            part = found.left.T @ delta.double()
             square = part.square().sum(1)
             there = square > least**2
             share = (merged_part * part).sum(1) / square.where(there, 1.0)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from merging.method import Patterns, merge_method, plain_mean, weighted
+from merging.method import Patterns, merge_method, plain_mean, weighted_rows
 from merging.spectra import RankWatch, is_weight_matrix, polar, svd
 from taskvec.deltas import Deltas, Tile
 from taskvec.plan import Plan, Report
@@ -31,15 +31,15 @@ def tsv_m(deltas: Deltas, *, averaged: Patterns = ("*text_projection*",)) -> Pla
             return plain_mean(tile)
         dtype, keep = tile.stack.dtype, max(1, min(tile.shape) // len(tile.tasks))
         parts = []
-        for delta in weighted(tile):
-            part = svd(delta, dtype).top(keep)
+        for delta in weighted_rows(tile):
+            part = svd(delta, dtype, most=keep)
             if part.rank < keep:
                 watch.saw(tile.name, part)
             parts.append(part)
         watch.counted(tile.name)
-        values = torch.cat([part.values for part in parts])
-        left = polar(torch.cat([part.left for part in parts], 1), dtype)
-        right = polar(torch.cat([part.right for part in parts], 1), dtype)
-        return ((left * values) @ right.T).to(dtype)
+        values, lefts, rights = (torch.cat(sides, -1) for sides in zip(*((p.values, p.left, p.right) for p in parts)))
+        del parts
+        left = polar(lefts, dtype).mul_(values)
+        return (left @ polar(rights, dtype).T).to(dtype)
 
     return kernel

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from merging.method import Count, Patterns, Positive, merge_method, plain_mean, weighted
+from merging.method import Count, Patterns, Positive, merge_method, plain_mean, weighted_rows
 from merging.spectra import is_weight_matrix
 from taskvec.blocks import is_embedding, is_head, is_norm
 from taskvec.deltas import Deltas, Tile
@@ -52,13 +52,14 @@ def wudi(
         start = tile.total().double()
         curvature = torch.zeros(tile.shape[1], tile.shape[1], dtype=torch.float64, device=start.device)
         target = torch.zeros_like(start)
-        for raw, delta in zip(tile.stack.double(), weighted(tile).double()):
-            square = float(raw.square().sum())
+        for raw, delta in zip(tile.stack, weighted_rows(tile)):
+            wide = raw.double()
+            square = float(wide.square().sum())
             if square == 0:
                 continue
-            inner = raw.T @ raw / square
+            inner = wide.T @ wide / square
             curvature += inner
-            target += delta @ inner
+            target.addmm_(delta.double(), inner)
         size = float(curvature.diagonal().mean())
         if size == 0:
             return start.to(dtype)
