@@ -565,6 +565,16 @@ class AdapterWriter:
             )
         return list(modules), bias
 
+    def _add_nothing(self) -> None:
+        """A LoRA of zero on one module: PEFT loads no adapter without any, not even for its saved modules."""
+        for name, info in self.base.infos.items():
+            sites = self.live.sites(name) if len(info.shape) == 2 else []
+            if len(sites) == 1 and sites[0].kind in ("linear", "in out"):
+                rows, columns = info.shape
+                self._add_factors(sites[0], LowRank(torch.zeros(rows, 1), torch.zeros(1, columns), info.shape))
+                return
+        raise OutputError(f"{self.out}: {self.base.label} has no matrix that PEFT could put a LoRA on.")
+
     def _is_matrix(self, name: str) -> bool:
         return len(self.base.infos[name].shape) > 1
 
@@ -626,6 +636,8 @@ class AdapterWriter:
         saved, bias = self._save_whole()
         if not self._tensors:
             raise OutputError(f"{self.out}: nothing changed, so there is no adapter to write.")
+        if not self._ranks:
+            self._add_nothing()
         counts = Counter(self._ranks.values())
         common = max(counts, key=lambda rank: (counts[rank], rank), default=1)
         patterns = {f"^{re.escape(module)}": rank for module, rank in sorted(self._ranks.items()) if rank != common}

@@ -160,6 +160,13 @@ def test_norms_and_biases_are_refused_by_name_saved_or_dropped(bert, tokens, tmp
     assert report.error == pytest.approx(lost**0.5 / deltas.norm(), rel=1e-4)
 
 
+def test_a_change_of_norms_alone_loads_too(llama, tokens, tmp_path, loads):
+    base, tuned = in_memory(llama), in_memory(noisy(llama, ["norm"], scale=0.5))
+    report = extract_lora(base, tuned, tmp_path / "out", rank=4, other="save")
+    assert (report.kept, len(report.saved), report.error) == ([], 5, 0)
+    loads(llama, tmp_path / "out", TaskVector.between(base, tuned), tokens)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_tied_head_gets_the_same_change_as_its_embedding(family, tied_llama, tokens, tmp_path, loads, logits):
     from transformers import GPT2Config, GPT2LMHeadModel
