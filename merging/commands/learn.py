@@ -1,6 +1,8 @@
 """`taskvec learn` and `taskvec coefficients`."""
 
 from collections.abc import Callable, Mapping
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import click
@@ -8,14 +10,25 @@ import click
 from merging.commands.output import json_option, print_json, print_table, say
 
 
-@click.group("learn")
+class _Learners(click.Group):
+    """What can be learned; `dam` lives with the other commands of that method and is imported when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*super().list_commands(ctx), *(["dam"] if find_spec("merging.commands.dam") else [])]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name == "dam" and find_spec("merging.commands.dam"):
+            command = getattr(import_module("merging.commands.dam"), "learn_dam", None)
+            return command if isinstance(command, click.Command) else None
+        return super().get_command(ctx, cmd_name)
+
+
+@click.group("learn", cls=_Learners)
 def learn() -> None:
     """Learn coefficients or masks with data."""
 
 
 def _run(module: str, config: str, out: str, as_json: bool, quiet: bool) -> None:
-    from importlib import import_module
-
     from merging.learn.config import LearnConfig
 
     read = LearnConfig.load(config)

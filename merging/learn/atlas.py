@@ -186,7 +186,12 @@ def setup(config: LearnConfig) -> Setup:
     vectors, hashes = _vectors(config, base, names)
     initial: Any = config.initial
     if isinstance(initial, str):
-        initial = Coefficients.load(initial).values
+        before = Coefficients.load(initial)
+        if before.tasks != tuple(config.tasks):
+            raise MismatchError(
+                [f"{initial}: has coefficients of {list(before.tasks)}, the tasks here are {list(config.tasks)}."]
+            )
+        initial = before.values
     tokenizer = _tokenizer(config) if any(spec.path for spec in config.data.values()) else None
     heads = _heads(config, device)
     objective = _objective(config, heads)

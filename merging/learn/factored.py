@@ -5,12 +5,15 @@ With layer input x and output gradient d, ⟨Σ d xᵀ, B A⟩ = Σ (d B) · (x 
 and nowhere else. That is not taken on trust: the first gradient makes the dense one too, and compares.
 """
 
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from taskvec.errors import LearningError
 
 if TYPE_CHECKING:
     from merging.learn.composition import Composition
@@ -81,6 +84,8 @@ class Probes:
     @property
     def rows(self) -> frozenset[str]:
         """Verified embedding tables: only the rows that are looked up are composed while a gradient is taken."""
+        if compiles():
+            return frozenset()
         return frozenset(name for name in self._verified if isinstance(self._modules[name], nn.Embedding))
 
     # -- composing rows ----------------------------------------------------------------------------------------------
@@ -137,6 +142,8 @@ class Probes:
             the first time are compared both ways, and from then on go the short way, or never.
         """
         self.count = 0
+        if compiles():
+            return dict(parameters), consume
         composition = self._composition
         watched = {name: module for name, module in self._modules.items() if name in parameters}
         short: dict[str, Tensor] = {}
@@ -158,6 +165,11 @@ class Probes:
         def settle(kind: Any, error: Any, trace: Any) -> None:
             if kind is not None:
                 return
+            if compiles() and self._verified:
+                raise LearningError(
+                    "gradient: the model was compiled inside the closure, past the hooks on its modules. Compile it before "
+                    "the first gradient, or make the Composition with factored=False."
+                )
             for name in watched:
                 column = composition._columns(name)[0]
                 if name in self._verified:
@@ -217,9 +229,18 @@ class Probes:
         return through_rows if isinstance(module, nn.Embedding) else through_factors
 
 
+def compiles() -> bool:
+    """Whether torch.compile has compiled anything in this process: such code does not see hooks that come later.
+
+    Then every gradient is dense. (The module of dynamo being loaded says nothing: checkpointing loads it, too.)
+    """
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return dynamo is not None and bool(dynamo.counters["frames"].get("total"))
+
+
 def _watcher(take: Callable[[Tensor, Tensor], None], anchor: Tensor) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if not torch.is_grad_enabled() or not isinstance(output, Tensor):
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not isinstance(output, Tensor):
             return None
         return _Probe.apply(anchor, output, _input(args, kwargs), take)
 

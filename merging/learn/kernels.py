@@ -94,10 +94,13 @@ class FusedBlocks:
         self._groups: dict[tuple[int, ...], tuple[Tensor, ...]] = {}
         self._gradient_tables: dict[tuple[int, ...], Tensor] = {}
         self._waiting: list[tuple[int, Tensor]] = []
+        self._waiting_segments: set[int] = set()
         self._waiting_bytes = 0
 
     def _table(self, values: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor(list(values), dtype=dtype).to(self._device)
+        # pinned, so that the copy does not make the host wait for the GPU in the middle of backward
+        host = torch.tensor(list(values), dtype=dtype, pin_memory=self._device.type == "cuda")
+        return host.to(self._device, non_blocking=True)
 
     def _tiles_of(self, segments: Sequence[int] | range, size: int) -> tuple[Tensor, ...]:
         """Segment, first element and slot of every tile; then, slot by slot, first tile, number of tiles, segment."""
@@ -174,14 +177,15 @@ class FusedBlocks:
             else:
                 grad[:, self._column] += by_task.T
         finally:
-            self._waiting, self._waiting_bytes = [], 0
+            self._dismiss()
             del self._results
 
     def consume(self, name: str, grad: Tensor) -> None:
         """Take one gradient; it may wait for others so that one launch takes them together."""
         segment = self._segment[name]
-        if any(waiting == segment for waiting, _ in self._waiting):
+        if segment in self._waiting_segments:  # a second pass: one tile table holds a tensor once
             self.flush()
+        self._waiting_segments.add(segment)
         grad = grad.detach()
         if grad.dtype != self._kind or not grad.is_contiguous() or grad.data_ptr() % 16:
             grad = grad.to(self._kind).clone(memory_format=torch.contiguous_format)
@@ -228,7 +232,11 @@ class FusedBlocks:
             reduce_kernel[(len(segments),)](
                 partials, first, count, slot_segment, self._results, PADDED=self._padded, ROWS=_REDUCE_ROWS
             )
+        self._dismiss()
+
+    def _dismiss(self) -> None:
         self._waiting, self._waiting_bytes = [], 0
+        self._waiting_segments = set()
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:

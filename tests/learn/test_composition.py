@@ -442,3 +442,87 @@ def test_selection_by_features_and_at_random():
         select(vectors, 1, "gradient")
     with pytest.raises(UsageError, match="features: needs `target`"):
         select(vectors, 1, "features")
+
+
+# -- what ordinary modules are used with -------------------------------------------------------------------------------
+
+
+def test_a_compiled_model_is_composed_like_any_other():
+    model = network()
+    vectors = dense(model)
+    x, y = batch()
+    torch._dynamo.utils.counters.clear()  # as if nothing had been compiled in this process
+    composition = Composition(model, vectors, coefficients=0.3)
+    with composition:
+        wanted = [composition.gradient(lambda: cross_entropy(model(x), y))[1] for _ in range(2)]
+    again = Composition(model, vectors, coefficients=0.3)
+    late = Composition(model, vectors, coefficients=0.3)
+    with late:
+        for _ in range(2):
+            late.gradient(lambda: cross_entropy(model(x), y))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(model, backend="aot_eager")
+    try:
+        with pytest.raises(LearningError, match="compiled inside the closure"):
+            late.gradient(lambda: cross_entropy(compiled(x), y))
+        with again:
+            found = [again.gradient(lambda: cross_entropy(compiled(x), y))[1] for _ in range(2)]
+            again.coefficients = again.coefficients + 1
+            moved = again.gradient(lambda: cross_entropy(compiled(x), y))[1]
+    finally:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(moved, wanted[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft asks transformers
+def test_peft_adapters_compose_to_the_live_model_and_keep_their_factors(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from merging.learn.objectives import CausalLM
+    from taskvec import Checkpoint, TaskVector
+
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=20, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+                         num_key_value_heads=1)  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    base = Checkpoint.open(tmp_path / "base")
+    ids = torch.randint(20, (2, 6))
+    vectors, logits = {}, []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        live = get_peft_model(
+            LlamaForCausalLM.from_pretrained(tmp_path / "base"),
+            LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
+        )
+        live.save_pretrained(tmp_path / f"adapter{seed}")
+        vectors[f"a{seed}"] = TaskVector.from_adapter(base, tmp_path / f"adapter{seed}")
+        logits.append(live.eval()(input_ids=ids).logits.detach())
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "base").eval()
+    composition = Composition(model, vectors)
+    assert {name.split(".")[-2] for name in composition.composed} == {"q_proj", "down_proj"}
+    assert all(block.values is None for block in composition.bank.blocks.values())
+    with composition:
+        for task, wanted in enumerate(logits):
+            composition.coefficients = torch.zeros_like(composition.coefficients)
+            composition.coefficients[task] = 1
+            composition.compose_()
+            torch.testing.assert_close(model(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-5)
+
+        def closure():
+            (term,) = CausalLM().terms(model, {"input_ids": ids})
+            return term.total / term.number
+
+        made = []
+        for parameter in model.parameters():
+            parameter.register_hook(lambda grad: made.append(1))
+        first = composition.gradient(closure)[1]
+        assert made
+        made.clear()
+        second = composition.gradient(closure)[1]
+        assert not made
+        torch.testing.assert_close(second, first, rtol=1e-4, atol=1e-6)
