@@ -1012,18 +1012,19 @@ def _located(path: str | os.PathLike[str], revision: str | None) -> Path:
 
 
 def _from_hub(name: str, revision: str | None) -> Path:
-    """The adapter's files from huggingface_hub's cache, downloaded first if they are not in it."""
+    """The adapter's files from the hub, or from huggingface_hub's cache where the hub cannot be reached."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    wanted = [CONFIG, *WEIGHTS]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=True))
-    except LocalEntryNotFoundError:
-        pass
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG, *WEIGHTS], etag_timeout=10))
+    except RepositoryNotFoundError:
+        raise NotFoundError(f"{name}: no such folder, and no such repository on the hub.") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError):
+        pass  # no network, or the hub refused: what is in the cache still serves
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, OSError, ValueError):
         raise NotFoundError(
-            f"{name}: no such folder, and not found on the hub or in its cache ({str(error).splitlines()[0]})."
+            f"{name}: no such folder; as a hub id it is not in the local cache and the hub cannot be reached."
         ) from None

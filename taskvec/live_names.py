@@ -67,7 +67,8 @@ class Names:
             SourceError: two prefixes fit equally well (an adapter of one tower on a model of two).
         """
         missing = [path for path in paths if self.find(path) is None]
-        if not missing:
+        # where one layer fits as it is, the others are not under another prefix: they are missing
+        if not missing or any(layer_of(path) is not None and self.find(path) for path in paths):
             return
         rules: set[tuple[str, str]] = set()
         known = self.modules | set(self.base.infos)

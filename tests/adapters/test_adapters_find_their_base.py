@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from taskvec.adapter import Adapter, summed
 from taskvec.checkpoint import Checkpoint
-from taskvec.errors import SourceError
+from taskvec.errors import MismatchError, NotFoundError, SourceError
 from taskvec.source import DeltaSource, in_memory
 
 
@@ -76,6 +76,14 @@ def test_an_adapter_of_one_tower_over_a_model_of_two_is_ambiguous(folder, llama)
         Adapter.open(folder, in_memory(state))
 
 
+def test_layers_that_are_missing_are_not_sought_in_another_tower(folder, llama):
+    # the left tower has one layer, the adapter changes two, and the right tower has a second one
+    state = {f"right.{name}": tensor for name, tensor in llama.state_dict().items()}
+    state |= {name: tensor for name, tensor in llama.state_dict().items() if "layers.1." not in name}
+    with pytest.raises(MismatchError, match=r"match no tensor of the base \(2\): model\.layers\.1\."):
+        Adapter.open(folder, in_memory(state))
+
+
 def test_keys_without_the_prefix_of_peft(folder, llama):
     expected = Adapter.open(folder, in_memory(llama)).read("model.layers.0.mlp.up_proj.weight")
     path = folder / "adapter_model.safetensors"
@@ -94,6 +102,27 @@ def test_a_bin_file_reads_as_the_safetensors_file(folder, llama):
     adapter = Adapter.open(folder, in_memory(llama))
     assert all(torch.equal(adapter.read(name), delta) for name, delta in deltas.items())
     assert adapter.content_hash() == hashed
+
+
+def test_a_hub_id_is_found_in_the_cache(folder, llama, tmp_path, monkeypatch):
+    from merging import Recipe, merge
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    cached = tmp_path / "cache" / "models--me--my-lora"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0123")
+    shutil.copytree(folder, cached / "snapshots" / "0123")
+    adapter = Adapter.open("me/my-lora", in_memory(llama))
+    assert adapter.content_hash() == Adapter.open(folder, in_memory(llama)).content_hash()
+    with pytest.raises(NotFoundError, match="not in the local cache and the hub cannot be reached"):
+        Adapter.open("me/another", in_memory(llama))
+    llama.save_pretrained(tmp_path / "base")
+    recipe = {"base": str(tmp_path / "base"), "method": "task_arithmetic", "tasks": ["me/my-lora"]}
+    merge(Recipe.from_data(recipe), tmp_path / "out")
+    name = "model.layers.0.mlp.up_proj.weight"
+    merged, base = Checkpoint.open(tmp_path / "out").read(name), Checkpoint.open(tmp_path / "base").read(name)
+    torch.testing.assert_close(merged - base, adapter.read(name), atol=1e-6, rtol=0)
 
 
 def test_the_hash_follows_the_content_and_not_the_place(folder, llama, tmp_path):
