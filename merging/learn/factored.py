@@ -167,8 +167,8 @@ class Probes:
                 return
             if compiles() and self._verified:
                 raise LearningError(
-                    "gradient: the model was compiled inside the closure, past the hooks on its modules. Compile it before "
-                    "the first gradient, or make the Composition with factored=False."
+                    "gradient: the model was compiled inside the closure, past the hooks on its modules. Compile it "
+                    "before the first gradient, or make the Composition with factored=False."
                 )
             for name in watched:
                 column = composition._columns(name)[0]
