@@ -18,8 +18,8 @@ from merging.stacks import seeded
 from taskvec.blocks import depth_of
 from taskvec.checkpoint import Checkpoint
 from taskvec.deltas import ModelDeltas, Task, WeightsOf
-from taskvec.errors import MismatchError, Problems, RecipeError, TaskvecError, UsageError, shortened
-from taskvec.plan import Kernel, Plan
+from taskvec.errors import MismatchError, NotAModelError, Problems, RecipeError, TaskvecError, UsageError, shortened
+from taskvec.plan import Kernel, Plan, formula
 from taskvec.precision import FLOAT8, dtype_named, is_float
 from taskvec.source import TensorInfo, TensorSource, names_matching
 from taskvec.sweep import TILE, Options, Scope, Stage, free_memory
@@ -341,6 +341,13 @@ def _open(path: str, revision: str | None, problems: Problems) -> TensorSource |
         return None
 
 
+def _adapter(spec: TaskSpec, base: TensorSource) -> Task:
+    from taskvec.adapter import Adapter
+
+    found = Adapter.open(spec.path, base, skip=spec.skip, tied=spec.tied, revision=spec.revision)
+    return Task(spec.label, found, is_delta=True)
+
+
 def _task(spec: TaskSpec, base: TensorSource | None, problems: Problems, *, missing_base: bool) -> Task | None:
     name, path, revision = spec.label, spec.path, spec.revision
     folder = Path(path).expanduser()
@@ -352,10 +359,13 @@ def _task(spec: TaskSpec, base: TensorSource | None, problems: Problems, *, miss
                         f"{path}: an adapter is a change to its base; name the base it was trained on (`base:`)"
                     )
                 return None
-            from taskvec.adapter import Adapter
-
-            return Task(name, Adapter.open(path, base, skip=spec.skip, tied=spec.tied), is_delta=True)
-        source = Checkpoint.open(path, revision)
+            return _adapter(spec, base)
+        try:
+            source = Checkpoint.open(path, revision)
+        except NotAModelError:
+            if folder.exists() or base is None:
+                raise
+            return _adapter(spec, base)  # a hub id of an adapter
         if is_task_vector(source):
             if base is None:
                 if missing_base:
@@ -476,7 +486,7 @@ def _alike(recipe: Recipe, first: TensorSource, tasks: list[Task], problems: Pro
                     f'(for a vocabulary of another size: `resize: {{"{rows[0]}": base}}` keeps the base\'s rows, `truncate` the '
                     "rows that all models have)"
                 )
-            if any("not in" in p or "are missing" in p for p in error.problems):
+            if any(word in p for p in error.problems for word in ("not in", "are missing", "has none of")):
                 hint = _prefix(ours, theirs)
                 problems.add(
                     hint
