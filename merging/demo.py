@@ -256,6 +256,9 @@ def tell(
         raise UsageError(f"steps: {steps} is not in (0, 1]")
     folder = Path(out).absolute()
     _make_room(folder, overwrite)
+    threads = torch.get_num_threads()
+    # so small a network that threads only wait for each other: on a busy machine two took eight times as long as one
+    torch.set_num_threads(1)
     try:
         networks, head = _build_zoo(seed, steps, say)
         for name, network in networks.items():
@@ -270,6 +273,8 @@ def tell(
         # also when interrupted: no half demo is left that looks like a whole one
         shutil.rmtree(folder, ignore_errors=True)
         raise
+    finally:
+        torch.set_num_threads(threads)
     return story
 
 

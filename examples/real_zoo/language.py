@@ -31,7 +31,7 @@ from examples.real_zoo.training import DEVICE, built, finish, fit, link_base
 
 SEED = 0
 LENGTH = 128
-BATCH = 4
+BATCH = 2
 TRAIN, VALIDATION, TEST = 200, 24, 48
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -174,15 +174,15 @@ def evaluate(
 
 
 def build(quick: bool = False) -> dict[str, Path]:
-    """Base, full fine-tunes and LoRA adapters, each trained once and kept. The reduced form: 6 steps, 2 domains."""
-    steps = 6 if quick else 30
+    """Base, full fine-tunes and LoRA adapters, each trained once and kept. The reduced form: 4 steps, 2 domains."""
+    steps = 4 if quick else 16
     build_base()
     places = folders(quick)
     if quick:
         link_base(build_base(), places["base"])
     for name, folder in places.items():
         lora = name.endswith("-lora")
-        rate = 1e-3 if lora else 1e-4
+        rate = 2e-3 if lora else 2e-4
         settings = {"seed": SEED, "steps": steps, "batch": BATCH, "length": LENGTH, "rate": rate, "data": 1}
         if name == "base" or built(folder, settings):
             continue
