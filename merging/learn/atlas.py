@@ -1,6 +1,8 @@
 """aTLAS (arXiv:2407.02880): one learned coefficient per task vector and block, from a configuration or from Python."""
 
 import fnmatch
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +28,7 @@ from merging.learn.objectives import (
     moved,
 )
 from taskvec.coefficients import Coefficients, Region
-from taskvec.errors import DataError, LearningError, MismatchError, NotFoundError, Problems, UsageError, did_you_mean
+from taskvec.errors import DataError, MismatchError, NotFoundError, Problems, UsageError, did_you_mean
 from taskvec.source import TensorInfo, TensorSource
 
 
@@ -137,6 +139,7 @@ def learn(
             patience=config.patience,
             checkpoint=state,
             seed=config.seed,
+            identity=_identity(config, made.hashes),
             progress=progress,
         )
         learned = as_file(made, found, use)
@@ -144,6 +147,12 @@ def learn(
             learned.save(target)
             state.unlink(missing_ok=True)
     return learned, found
+
+
+def _identity(config: LearnConfig, hashes: Mapping[str, str]) -> str:
+    """What makes two runs the same run, beside what `fit` knows."""
+    facts = json.dumps([config.model_dump(mode="json"), dict(hashes)], sort_keys=True)
+    return hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()
 
 
 def as_file(made: Setup, found: Fit, use: str) -> Coefficients:
@@ -210,7 +219,6 @@ def setup(config: LearnConfig) -> Setup:
         statistics=config.statistics,
         names=names,
     )
-    _refuse_composed_heads(composition, heads)
     hashes[""] = content_hash(base)
     return Setup(
         config,
@@ -343,17 +351,6 @@ def _heads(config: LearnConfig, device: torch.device) -> dict[str, Callable[[Ten
     return {
         name: Head(tensors[name], tensors.get(f"{name}.bias"), config.logit_scale).to(device) for name in config.data
     }
-
-
-def _refuse_composed_heads(composition: Composition, heads: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
-    composed = {id(p): name for name, p in composition.model.named_parameters() if name in composition.composed}
-    for task, head in heads.items():
-        for parameter in head.parameters() if isinstance(head, nn.Module) else ():
-            if id(parameter) in composed:
-                raise LearningError(
-                    f"heads.{task}: is {composed[id(parameter)]}, which the task vectors change. A head stays fixed: "
-                    "leave it out with `exclude`, or give a copy."
-                )
 
 
 def _objective(config: LearnConfig, heads: Mapping[str, Callable[[Tensor], Tensor]]) -> Objective:

@@ -634,20 +634,28 @@ class Composition:
         self, sources: Mapping[str, "GivenDeltas"], own: Mapping[str, nn.Parameter], exclude: Sequence[str]
     ) -> None:
         known = {*own, *self.aliases, *(name for name, _ in self.model.named_buffers())}
+
+        def excluded(name: str) -> bool:
+            return any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)
+
         problems = Problems()
         for task, source in sources.items():
             unknown = [
                 name
                 for name, info in source.infos.items()
-                if name not in known
-                and info.dtype.is_floating_point
-                and not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)
+                if name not in known and info.dtype.is_floating_point and not excluded(name)
             ]
             if unknown:
                 problems.add(
                     f"task vector {task!r} changes {shortened(unknown)}, not in {type(self.model).__name__}."
                     + did_you_mean(unknown[0], own)
                     + " Load the model class that was tuned, or leave them out with `exclude`."
+                )
+            quantised = [n for n in source.infos if n in own and not own[n].dtype.is_floating_point and not excluded(n)]
+            if quantised:
+                problems.add(
+                    f"task vector {task!r} changes {shortened(quantised)}, stored as "
+                    f"{own[quantised[0]].dtype} in the model. Load the model unquantised."
                 )
         problems.raise_if_any(MismatchError)
 

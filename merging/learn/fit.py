@@ -142,6 +142,7 @@ def fit(
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int | None = None,
     seed: int = 0,
+    identity: str = "",
     progress: Progress | None = None,
 ) -> Fit:
     """Learn the coefficients of a composition.
@@ -178,14 +179,16 @@ def fit(
         checkpoint_every: steps between checkpoints; at each evaluation or epoch by default.
         seed: of everything random in the passes; each step has its own, so that a resumed run equals an uninterrupted
             one.
+        identity: what else makes a run the same run (a hash of its data, say); a checkpoint of another one is refused.
         progress: called with a record after each step and evaluation.
 
     Raises:
-        LearningError: the loss or a gradient is NaN or infinite.
+        LearningError: the loss or a gradient is NaN or infinite, or a head is one of the composed weights.
         DataError: there are no batches, or too few rows for the ranks.
         MismatchError: the checkpoint belongs to another run.
     """
     options = optimizer or AdamWSpec()
+    _refuse_composed_heads(composition, objective)
     _check_choices(schedule, clip_mode, precision, keep, evaluate, accumulate, epochs, steps)
     run = _Run(
         composition=composition,
@@ -212,6 +215,7 @@ def fit(
         checkpoint=Path(checkpoint) if checkpoint is not None else None,
         checkpoint_every=checkpoint_every,
         seed=seed,
+        identity=identity,
         progress=progress,
     )
     devices = [composition.coefficients.device] if composition.coefficients.is_cuda else []
@@ -251,6 +255,7 @@ class _Run:
     checkpoint: Path | None
     checkpoint_every: int | None
     seed: int
+    identity: str
     progress: Progress | None
     step: int = 0
     epoch: int = 0
@@ -521,6 +526,7 @@ class _Run:
             "length": [self.epochs, self.total, self.accumulate],
             "schedule": [self.schedule, self.warmup, self.clip, self.clip_mode, self.precision],
             "seed": self.seed,
+            "inputs": self.identity,
         }
         return json.dumps(facts)
 
@@ -628,6 +634,27 @@ class _as_eval:
     def __exit__(self, *_: object) -> None:
         for module, training in self._modes:
             module.training = training
+
+
+def _refuse_composed_heads(composition: Composition, objective: Any) -> None:
+    composed = {id(p): name for name, p in composition.model.named_parameters() if name in composition.composed}
+    for label, head in heads_of(objective):
+        for parameter in head.parameters():
+            if id(parameter) in composed:
+                raise LearningError(
+                    f"{label}: its head is {composed[id(parameter)]}, which the task vectors change. A head stays "
+                    "fixed: leave it out with `exclude`, or give a copy."
+                )
+
+
+def heads_of(objective: Any) -> Iterator[tuple[str, nn.Module]]:
+    """The heads that are modules, with the names of their terms."""
+    head = getattr(objective, "head", None)
+    if isinstance(head, nn.Module):
+        yield str(getattr(objective, "name", "objective")), head
+    for name, inner in getattr(objective, "objectives", {}).items():
+        for _, found in heads_of(inner):
+            yield name, found
 
 
 def _total(batches: Batches, epochs: int, accumulate: int, schedule: str) -> int | None:

@@ -286,7 +286,8 @@ class Negation:
     """
 
     def __init__(self, target: Objective, control: Objective, weight: float = 1.0, floor: float = 0.95):
-        self._both = MultiTask({"target": target, "control": control}, {"target": -1.0, "control": weight})
+        self.objectives = {"target": target, "control": control}
+        self._both = MultiTask(self.objectives, {"target": -1.0, "control": weight})
         self.floor = floor
 
     def terms(self, model: nn.Module, batch: Batch) -> Iterator[Term]:

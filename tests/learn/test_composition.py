@@ -294,6 +294,14 @@ def test_every_misfit_of_a_task_vector_is_listed():
         Composition(model, wrong)
 
 
+def test_a_quantised_weight_is_refused_by_name():
+    model = network()
+    vectors = dense(model)
+    model[2].weight = nn.Parameter(torch.zeros(6, 12, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(MismatchError, match=r"'t0' changes 2\.weight, stored as torch.int8 in the model"):
+        Composition(model, vectors)
+
+
 def test_tied_weights_have_one_block_and_must_change_alike():
     model = nn.Module()
     model.embed = nn.Embedding(5, 4)

@@ -411,6 +411,16 @@ def test_wrong_calls_are_refused(options, error, message):
         fit(made(), Supervised(), options.pop("batches"), **options)
 
 
+def test_a_head_inside_the_composed_weights_is_refused():
+    composition = made()
+    inner = composition.model[3]
+    objective = MultiTask({"first": Supervised(), "second": Supervised(head=inner)})
+    with pytest.raises(LearningError, match=r"second: its head is 3\.weight, which the task vectors change"):
+        fit(composition, objective, [{"first": b} for b in data()])
+    with pytest.raises(LearningError, match="control: its head is"):
+        fit(composition, Negation(Supervised(), Supervised(head=inner)), data())
+
+
 def test_wrong_constraints_and_penalties_are_refused():
     with pytest.raises(UsageError, match="low 1 is above high 0"):
         Constraint(low=1, high=0)

@@ -154,6 +154,26 @@ def test_the_atlas_command_writes_a_file_and_reports(zoo, tmp_path):
         invoke(learn, "atlas", config, out)
 
 
+def test_an_interrupted_command_goes_on_and_another_configuration_does_not(zoo, tmp_path):
+    from merging.learn import atlas
+
+    config = LearnConfig.from_data(settings(zoo))
+    whole, _ = atlas.learn(config, tmp_path / "whole.safetensors")
+
+    def interrupt(record):
+        if record["step"] == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        atlas.learn(config, tmp_path / "half.safetensors", progress=interrupt)
+    assert not (tmp_path / "half.safetensors").exists()
+    with pytest.raises(MismatchError, match="belongs to another run"):
+        atlas.learn(LearnConfig.from_data(settings(zoo, logit_scale=5.0)), tmp_path / "half.safetensors")
+    resumed, _ = atlas.learn(config, tmp_path / "half.safetensors")
+    assert torch.equal(resumed.values, whole.values)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["half.safetensors", "whole.safetensors"]
+
+
 def test_the_adamerging_command_needs_no_labels(zoo, tmp_path):
     unlabelled = {}
     for task in TASKS:
