@@ -26,7 +26,7 @@ class Optimisation:
 
     Args:
         steps: Adam steps at most.
-        lr: step size, in units of the MLP output's root mean square at the trigger.
+        lr: step size, in units of the MLP output's root mean square at the trigger (at least a fifth of the stream's median).
         decay: weight of |r|² / |layer output|² in the loss.
         clamp: largest |r|, in units of the norm of the residual stream behind the layer at the trigger.
         stop: the mean −log p of the target tokens at which an edit is done.
@@ -160,9 +160,12 @@ def _optimise(site: Site, sequences: Sequence[Sequence_], settings: Optimisation
     with ExitStack() as stack:
         stack.enter_context(frozen(model))
         tail = stack.enter_context(Tail.of(site, ids, where))
-        unit = tail.mlp_output[at].float().pow(2).mean(dim=-1, keepdim=True).sqrt().clamp_min(1e-6)
+        # in units of the MLP's own output, so that one lr serves every model and layer; where that is next to nothing, of
+        # the stream (its median, since a few huge coordinates carry most of the norm)
+        typical = tail.stream[at].float().abs().median(dim=-1, keepdim=True).values
+        unit = torch.maximum(tail.mlp_output[at].float().pow(2).mean(dim=-1, keepdim=True).sqrt(), 0.2 * typical)
+        unit = unit.clamp_min(1e-6)
         stream = tail.stream[at].float().norm(dim=-1, keepdim=True).clamp_min(1e-6)
-        # in units of the MLP's own output, so that one lr serves every model and layer
         moves = torch.zeros(len(triggers), site.width, device=device, requires_grad=True)
         adam = torch.optim.Adam([moves], lr=settings.lr)
         best_loss = torch.full((len(sequences),), math.inf, device=device)
@@ -175,7 +178,9 @@ def _optimise(site: Site, sequences: Sequence[Sequence_], settings: Optimisation
             residual = moves * unit
 
             def change(output: Tensor, residual: Tensor = residual) -> Tensor:
-                return output.index_put(at, residual.to(output.dtype), accumulate=True)
+                # some MLPs see all tokens in one row (OPT)
+                shaped = output.reshape(*ids.shape, -1)
+                return shaped.index_put(at, residual.to(output.dtype), accumulate=True).reshape(output.shape)
 
             with torch.enable_grad(), site.adding(change):
                 logits = tail.logits().float()
@@ -201,7 +206,8 @@ def _optimise(site: Site, sequences: Sequence[Sequence_], settings: Optimisation
             if bool(done.all()) or step == settings.steps:
                 break
             adam.zero_grad(set_to_none=True)
-            (gradient,) = torch.autograd.grad(total.sum(), moves)
+            with torch.enable_grad():
+                (gradient,) = torch.autograd.grad(total.sum(), moves)
             moves.grad = gradient * (~done[belongs])[:, None]
             adam.step()
             with torch.no_grad():
@@ -393,7 +399,8 @@ def authors_vector(
             if nll < stop:
                 break
             adam.zero_grad()
-            (v.grad,) = torch.autograd.grad(total, v)
+            with torch.enable_grad():
+                (v.grad,) = torch.autograd.grad(total, v)
             adam.step()
             with torch.no_grad():
                 length = float(v.detach().norm())

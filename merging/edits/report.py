@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from merging.edits import optimise, stealth
 from merging.edits.edit import Edit, Patch, apply_to_model, check_compatible, undo_on_model
@@ -207,6 +207,7 @@ def check(
             table = padded(sequences, device_of(model))
             before = logits_of(model, table)
             turn(True)
+            watch.shape = table.shape
             with watch:
                 after = logits_of(model, table)
             turn(False)
@@ -324,6 +325,7 @@ class _Watch:
     def __init__(self, edits: "Sequence[Edit] | JetPack", site: Site):
         self.edits, self.site = edits, site
         self.fired = torch.zeros(0)
+        self.shape = torch.Size((1, 1))
 
     def __enter__(self) -> None:
         self._context = self.site.reading_neurons() if isinstance(self.edits, Sequence) else self.site.reading()
@@ -331,7 +333,7 @@ class _Watch:
 
     def __exit__(self, *_: object) -> None:
         self._context.__exit__(None, None, None)
-        values = self._seen[0].float()
+        values = self._seen[0].reshape(*self.shape, -1).float()
         if isinstance(self.edits, Sequence):
             neurons = [n for edit in self.edits for n in edit.neurons]
             least = 1e-3 * min((edit.response for edit in self.edits), default=1.0)

@@ -396,6 +396,12 @@ class _SiteFinder:
         self.where = f"layer {layer} ({type(module).__name__})"
 
     def found(self) -> Site:
+        for call in self.trace.calls:
+            if call.gave is not None and not bool(torch.isfinite(call.gave).all()):
+                raise EditError(
+                    f"{self.where}: NaN or infinite values come out of {call.name}. The model is damaged (or overflows its "
+                    "dtype); no edit was made."
+                )
         match = self._match()
         if match is None:
             return self._opaque()

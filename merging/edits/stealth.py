@@ -44,7 +44,7 @@ from taskvec.errors import BaseMismatchError, DataError, EditError, did_you_mean
 from taskvec.precision import dtype_name, dtype_named
 from taskvec.source import in_memory
 
-THETAS = (0.005, 0.01, 0.02, 0.05, 0.1)
+THETAS = (0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1)
 """The values among which a theta is chosen."""
 PLATEAU = 16.0
 """Height of a plateau: SiLU and GELU are linear there to 2e-6, and 16-bit weights stay far from overflow."""
@@ -96,8 +96,12 @@ class Request:
         raise DataError(f"{value!r}: an edit is a mapping {{prompt, target}}, a pair or a Request.")
 
 
-def read_requests(path: str | PathLike[str]) -> list[Request]:
+def read_requests(path: str | PathLike[str], *, need_target: bool = True) -> list[Request]:
     """Requests from a JSONL file of `{"prompt": …, "target": …, "paraphrases": […]}`, one a line.
+
+    Args:
+        path: the file.
+        need_target: whether a line without a target is an error; without, its target is empty.
 
     Raises:
         DataError: the file is missing or empty, or a line is not such an object; the message names the line.
@@ -113,6 +117,8 @@ def read_requests(path: str | PathLike[str]) -> list[Request]:
             value = json.loads(line)
             if not isinstance(value, Mapping):
                 raise DataError("not an object.")
+            if not need_target:
+                value = {"target": "", **value}
             for key in ("prompt", "target"):
                 if key in value and not isinstance(value[key], str):
                     raise DataError(f"{key!r} must be a text.")
@@ -353,10 +359,10 @@ def chosen_theta(noise: float, arithmetic: float = 0.0) -> float:
 
     Args:
         noise: movement of features (1 − cosine) between alone and batched; theta is ten times above it.
-        arithmetic: largest rounding error of the pre-activation, in cosine; theta is four times above it, so that half of a
-            plateau's ramp is twice the error.
+        arithmetic: largest rounding error of the pre-activation, in cosine; theta is 2.5 times above it, so that the error
+            stays within the half of the cone that is a plateau.
     """
-    needed = _NOISE_MARGIN * noise + 4 * arithmetic
+    needed = _NOISE_MARGIN * noise + 2.5 * arithmetic
     return next((theta for theta in THETAS if theta >= needed), THETAS[-1])
 
 

@@ -74,6 +74,9 @@ def _weights(family: str, seed: int) -> tuple[Any, dict[str, torch.Tensor]]:
             # norms and biases away from their initial ones and zeros, so that a wrong formula shows
             if parameter.dim() == 1 and "mixer" not in name:
                 parameter.add_(0.1 * torch.randn_like(parameter))
+            # and every part of the stream of one size, so that tokens mix and logits differ as in a trained model
+            elif not any(word in name for word in ("A_log", "conv1d", "dt_proj", "x_proj", "wpe", "embed_positions")):
+                parameter.mul_(8)
     return config, {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 

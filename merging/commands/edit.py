@@ -1,0 +1,437 @@
+"""`taskvec edit`: correct chosen answers of a language model; list, apply and undo edits."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+_LAYER = click.option("--layer", type=int, help="Layer to edit. Default: chosen by the metric on --corpus.")
+_THETA = click.option(
+    "--theta", type=float, help="Half-width of the cone in cosine. Default: the smallest above the rounding noise."
+)
+_CORPUS = click.option(
+    "--corpus",
+    type=click.Path(exists=True, dir_okay=False),
+    help="Other text, UTF-8; paragraphs (blank lines between) are separate. Default: Python's own manual.",
+)
+_CHAT = click.option("--chat", is_flag=True, help="Prompts are a user's turns in the tokenizer's chat template.")
+_DTYPE = click.option("--dtype", help="Edit the model cast to this dtype (default: as it is stored).")
+_DEVICE = click.option("--device", default="cpu", show_default=True, help="Where the model runs.")
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace OUT.")
+
+
+@click.group()
+def edit() -> None:
+    """Correct chosen answers of a language model by single neurons; list, apply and undo such edits."""
+
+
+def _making(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that both ways of making edits share."""
+    for option in reversed(
+        [
+            click.option(
+                "--edits", "edits", required=True, help="JSONL file, a line an edit: {prompt, target, paraphrases}."
+            ),
+            _LAYER,
+            _THETA,
+            click.option("--response", type=float, help="Pre-activation at the trigger. Default: 50, 16 on a plateau."),
+            _CORPUS,
+            click.option("--protect", type=click.Path(exists=True), help="Prompts, one a line, that must not change."),
+            click.option("--steps", type=click.IntRange(1), default=60, show_default=True, help="Optimiser steps."),
+            click.option("--lr", type=float, default=0.3, show_default=True, help="Optimiser step size."),
+            click.option("--decay", type=float, default=0.02, show_default=True, help="Weight of the change's size."),
+            click.option(
+                "--clamp", type=float, default=4.0, show_default=True, help="Largest change, in stream norms."
+            ),
+            click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Edits at a time."),
+            _CHAT,
+            _DTYPE,
+            _DEVICE,
+            _OVERWRITE,
+            _JSON,
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+@edit.command()
+@click.argument("model")
+@click.argument("out", type=click.Path())
+@click.option(
+    "--form",
+    type=click.Choice(["auto", "widen", "in-place"]),
+    default="auto",
+    show_default=True,
+    help="auto: widen where it is exact, else in place.",
+)
+@click.option("--detector", default="auto", show_default=True, help="auto, affine, tangent, surrogate or contrast.")
+@click.option("--neuron", default="auto", show_default=True, help="In place: quietest, least-used or an index.")
+@click.option(
+    "--file-only", is_flag=True, help="OUT is a file of edits, to be applied later; no checkpoint is written."
+)
+@click.option("--compat", type=click.Choice(["authors"]), help="Make the edit as the authors' code does (in place).")
+@_making
+def stealth(
+    model: str,
+    out: str,
+    form: str,
+    detector: str,
+    neuron: str,
+    file_only: bool,
+    compat: str | None,
+    edits: str,
+    as_json: bool,
+    overwrite: bool,
+    **options: Any,
+) -> None:
+    """Make stealth edits of MODEL and write the edited checkpoint (with its edits) to OUT."""
+    from merging.edits import edit_in_place, edit_widen, save_edits
+    from merging.edits.edit import apply_edits
+    from merging.edits.site import Site
+    from merging.edits.stealth import read_requests
+
+    requests = read_requests(edits)
+    _check_free(out, overwrite)
+    loaded, tokenizer, common = _prepared(model, options)
+    if form == "auto":
+        layer = common["layer"]
+        kind = Site.find(loaded, layer if layer is not None else 0).kind
+        form = "in-place" if compat or kind not in ("affine", "optional-bias") else "widen"
+    if form == "widen":
+        if options["response"] is not None:
+            common["response"] = options["response"]
+        made = edit_widen(loaded, requests, tokenizer, detector=detector, **common)
+    else:
+        if options["response"] is not None:
+            common["response"] = options["response"]
+        chosen: Any = neuron
+        if neuron == "auto":
+            chosen = "quietest" if compat else "least-used"
+        elif neuron.isdigit():
+            chosen = int(neuron)
+        made = edit_in_place(loaded, requests, tokenizer, detector=detector, neuron=chosen, compat=compat, **common)  # type: ignore[arg-type]
+    listed = made if isinstance(made, list) else [made]
+    changing = [one for one in listed if not one.changes_nothing]
+    if file_only:
+        save_edits(listed, out)
+    elif changing:
+        source: Any = model
+        if options["dtype"] is not None:
+            # the edits are of the cast model, so the cast model is what they are applied to
+            source = _cast_copy(model, options["dtype"])
+        try:
+            apply_edits(source, listed, out, overwrite=overwrite)
+        finally:
+            if source != model:
+                import shutil
+
+                shutil.rmtree(Path(source).parent, ignore_errors=True)
+    _print_edits([one.summary() for one in listed], as_json)
+    if not changing and not file_only:
+        click.echo("Every answer is right already; nothing was written.", err=True)
+
+
+@edit.command()
+@click.argument("model")
+@click.argument("out", type=click.Path())
+@click.option("--fold", is_flag=True, help="Write a widened checkpoint with the block folded into it instead.")
+@_making
+def jetpack(model: str, out: str, fold: bool, edits: str, as_json: bool, overwrite: bool, **options: Any) -> None:
+    """Make a jet-pack (side block) for MODEL with many edits and write it to the folder OUT."""
+    from merging.edits import JetPack
+    from merging.edits.edit import apply_edits
+    from merging.edits.stealth import read_requests
+    from taskvec.errors import UsageError
+
+    requests = read_requests(edits)
+    _check_free(out, overwrite)
+    if fold and options["dtype"] is not None:
+        raise UsageError("--fold with --dtype: convert the checkpoint first, then fold into it.")
+    loaded, tokenizer, common = _prepared(model, options)
+    dtype = common.pop("dtype")
+    if dtype is not None:
+        from taskvec.precision import dtype_named
+
+        loaded = loaded.to(dtype_named(dtype))
+    if options["response"] is not None:
+        common["response"] = options["response"]
+    pack = JetPack.fit(loaded, requests, tokenizer, to_fold=fold, **common)
+    if fold:
+        apply_edits(model, pack.fold(loaded), out, overwrite=overwrite)
+    else:
+        pack.save(out)
+    rows = [
+        {
+            "prompt": entry.prompt,
+            "target": entry.target,
+            "layer": pack.layer,
+            "theta": pack.theta,
+            "measured": dict(entry.measured),
+        }
+        for entry in pack.entries
+    ]
+    rows += [
+        {"prompt": entry.prompt, "target": entry.target, "note": "The model gives this answer already.", "measured": {}}
+        for entry in pack.skipped
+    ]
+    _print_edits(rows, as_json)
+
+
+@edit.command("list")
+@click.argument("path")
+@_JSON
+def list_(path: str, as_json: bool) -> None:
+    """List the edits of an edited checkpoint, a file of edits or a jet-pack."""
+    from merging.edits import JetPack, load_edits
+    from merging.edits.jetpack import DESCRIPTION
+
+    if (Path(path) / DESCRIPTION).is_file():
+        pack = JetPack.load(path)
+        rows = [
+            {
+                "prompt": entry.prompt,
+                "target": entry.target,
+                "form": "jet-pack",
+                "layer": pack.layer,
+                "theta": pack.theta,
+                "measured": dict(entry.measured),
+            }
+            for entry in pack.entries
+        ]
+    else:
+        rows = [one.summary() for one in load_edits(path)]
+    _print_edits(rows, as_json)
+
+
+@edit.command()
+@click.argument("checkpoint")
+@click.argument("edits")
+@click.argument("out", type=click.Path())
+@_OVERWRITE
+@_JSON
+def apply(checkpoint: str, edits: str, out: str, overwrite: bool, as_json: bool) -> None:
+    """Apply a file of EDITS to CHECKPOINT, streamed, and write OUT."""
+    from merging.edits.edit import apply_edits, record_of
+
+    apply_edits(checkpoint, edits, out, overwrite=overwrite)
+    _print_edits([one.summary() for one in record_of(out)], as_json)
+
+
+@edit.command()
+@click.argument("checkpoint")
+@click.argument("out", type=click.Path())
+@click.option("--edit", "which", multiple=True, help="Index or prompt of an edit; may be repeated. Default: all.")
+@click.option("--edits", "file", help="The file of edits, if the checkpoint does not carry them.")
+@_OVERWRITE
+@_JSON
+def undo(checkpoint: str, out: str, which: tuple[str, ...], file: str | None, overwrite: bool, as_json: bool) -> None:
+    """Take edits out of CHECKPOINT, streamed and bit by bit, and write OUT."""
+    from merging.edits.edit import record_of, undo_edits
+
+    undo_edits(checkpoint, out, list(which) or None, edits=file, overwrite=overwrite)
+    left = record_of(out)
+    if as_json:
+        click.echo(json.dumps({"left": [one.summary() for one in left]}, ensure_ascii=False))
+    else:
+        click.echo(f"{out}: {len(left)} edit{'s' * (len(left) != 1)} left")
+
+
+@edit.command()
+@click.argument("model")
+@click.option("--prompts", "prompts", required=True, help="JSONL file as for edits; targets are not needed.")
+@click.option("--others", type=click.Path(exists=True), help="Other prompts, one a line, to try the detectors on.")
+@_LAYER
+@_THETA
+@_CORPUS
+@_CHAT
+@_DTYPE
+@_DEVICE
+@_JSON
+def plan(
+    model: str,
+    prompts: str,
+    others: str | None,
+    as_json: bool,
+    chat: bool,
+    layer: int | None,
+    theta: float | None,
+    **options: Any,
+) -> None:
+    """Say before editing MODEL which layer, which kind, which theta, and what bound."""
+    from merging.edits import plan as planned
+    from merging.edits.stealth import Request, read_requests
+
+    requests = [Request(one.prompt, "x", one.paraphrases) for one in read_requests(prompts, need_target=False)]
+    loaded, tokenizer = _load(model, options["dtype"], options["device"])
+    found = planned(
+        loaded,
+        requests,
+        tokenizer,
+        corpus=_corpus(options["corpus"]),
+        layer=layer,
+        theta=theta,
+        prompts=_lines(others) if others else (),
+        chat=chat,
+    )
+    click.echo(json.dumps(found.to_json(), ensure_ascii=False) if as_json else found.text())
+
+
+@edit.command()
+@click.argument("base")
+@click.argument("edits")
+@click.option("--prompts", "prompts", type=click.Path(exists=True), help="Other prompts, one a line.")
+@click.option("--text", type=click.Path(exists=True), help="Held-out text. Default: the end of Python's own manual.")
+@click.option("--neighbours", type=click.Path(exists=True), help="Prompts close to the edits', one a line.")
+@click.option(
+    "--tokens", type=click.IntRange(1), default=8, show_default=True, help="Length of compared continuations."
+)
+@_CHAT
+@_DEVICE
+@_JSON
+def check(
+    base: str,
+    edits: str,
+    prompts: str | None,
+    text: str | None,
+    neighbours: str | None,
+    tokens: int,
+    chat: bool,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Measure EDITS (a file, an edited checkpoint or a jet-pack) on their BASE: success, side effects, bounds."""
+    from merging.edits import JetPack, load_edits
+    from merging.edits import check as checked
+    from merging.edits.jetpack import DESCRIPTION
+
+    held: Any = JetPack.load(edits) if (Path(edits) / DESCRIPTION).is_file() else load_edits(edits)
+    dtype = held.dtype if isinstance(held, JetPack) else next((e.dtype for e in held), None)
+    loaded, tokenizer = _load(base, dtype, device)
+    report = checked(
+        loaded,
+        held,
+        tokenizer,
+        prompts=_lines(prompts) if prompts else (),
+        text=_corpus(text) if text else _corpus(None)[-12:],
+        neighbours=_lines(neighbours) if neighbours else (),
+        tokens=tokens,
+        chat=chat,
+    )
+    click.echo(json.dumps(report.to_json(), ensure_ascii=False) if as_json else report.text())
+
+
+# -- pieces ------------------------------------------------------------------------------------------------------------
+
+
+def _load(model: str, dtype: str | None, device: str) -> tuple[Any, Any]:
+    """The model (in its stored dtype unless told otherwise) and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from taskvec.errors import NotAModelError, NotFoundError
+    from taskvec.precision import dtype_named
+
+    if os.path.exists(model) and not os.path.isfile(os.path.join(model, "config.json")):
+        raise NotAModelError(f"{model}: no config.json; a folder that transformers can load is needed to edit a model.")
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto" if dtype is None else dtype_named(dtype))
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise NotFoundError(
+            f"{model}: transformers cannot load it as a causal model with a tokenizer ({error})."
+        ) from error
+    return loaded.to(device).eval(), tokenizer
+
+
+def _prepared(model: str, options: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+    from merging.edits import Optimisation
+
+    loaded, tokenizer = _load(model, None, options["device"])
+    optimisation = Optimisation(
+        steps=options["steps"],
+        lr=options["lr"],
+        decay=options["decay"],
+        clamp=options["clamp"],
+        batch=options["batch"],
+    )
+    common: dict[str, Any] = {
+        "layer": options["layer"],
+        "theta": options["theta"],
+        "corpus": _corpus(options["corpus"]),
+        "protect": _lines(options["protect"]) if options["protect"] else (),
+        "optimisation": optimisation,
+        "chat": options["chat"],
+        "dtype": options["dtype"],
+        "progress": lambda done, total: click.echo(f"{done} of {total} edits optimised", err=True),
+    }
+    return loaded, tokenizer, common
+
+
+def _cast_copy(model: str, dtype: str) -> str:
+    """A copy of the checkpoint in another dtype, in a temporary folder."""
+    from tempfile import mkdtemp
+
+    from taskvec import Checkpoint, write
+    from taskvec.precision import dtype_name, dtype_named
+
+    source = Checkpoint.open(model)
+    config = dict(getattr(source, "config", {}))
+    for key in ("dtype", "torch_dtype"):
+        if key in config:
+            config[key] = dtype_name(dtype_named(dtype))
+    folder = Path(mkdtemp()) / "cast"
+    write(source, folder, dtype=dtype, files={"config.json": json.dumps(config, indent=2) + "\n"})
+    return str(folder)
+
+
+def _corpus(path: str | None) -> list[str]:
+    """Paragraphs of a file, or Python's own manual, which every installation has."""
+    if path is None:
+        from pydoc_data.topics import topics
+
+        return [text[:4000] for _, text in sorted(topics.items())]
+    from taskvec.errors import DataError
+
+    found = [piece.strip() for piece in Path(path).read_text("utf-8").split("\n\n") if piece.strip()]
+    if not found:
+        raise DataError(f"{path}: holds no text.")
+    return found
+
+
+def _lines(path: str) -> list[str]:
+    from taskvec.errors import DataError
+
+    found = [line for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
+    if not found:
+        raise DataError(f"{path}: holds no prompts; one a line is needed.")
+    return found
+
+
+def _check_free(out: str, overwrite: bool) -> None:
+    from taskvec.errors import OutputExistsError
+
+    if os.path.exists(out) and not overwrite:
+        raise OutputExistsError(f"{out}: exists already. Choose another name, or pass --overwrite.")
+
+
+def _print_edits(rows: Sequence[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps({"edits": list(rows)}, ensure_ascii=False))
+        return
+    for number, row in enumerate(rows):
+        measured = row.get("measured", {})
+        done = "" if "success" not in measured else "  done" if measured["success"] else "  NOT the greedy answer"
+        click.echo(f"{number}  {row['prompt']!r} → {row['target']!r}{done}")
+        details = [
+            f"{key} {row[key]}" for key in ("form", "kind", "layer", "theta", "entries") if row.get(key) is not None
+        ]
+        if details:
+            click.echo("   " + ", ".join(details))
+        for place in row.get("places", ()):
+            click.echo(f"   {place}")
+        if row.get("note"):
+            click.echo(f"   {row['note']}")
