@@ -1,7 +1,6 @@
 """`taskvec audit`."""
 
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -49,7 +48,8 @@ def audit(
 
     texts = _passages(probe, "--probe") if probe is not None else None
     passages = _passages(exposure, "--exposure") if exposure is not None else None
-    speller = _tokenizer(model, tokenizer, needed=probe is not None or exposure is not None)
+    # text needs a tokenizer; naming a suspect's tokens is left to what the audit finds in the model's folder
+    speller = tokenizer or (model if texts is not None or passages is not None else None)
     report = run(
         model,
         base=base,
@@ -95,13 +95,3 @@ def _passages(path: str, option: str) -> list[str]:
     if not passages:
         raise DataError(f"{path}: holds no text. {option} takes a text file, one passage a line.")
     return passages
-
-
-def _tokenizer(model: str, given: str | None, *, needed: bool) -> Any:
-    """The tokenizer asked for, else the model folder's own; probes cannot do without, names of tokens can."""
-    if given is not None:
-        return given
-    folder = Path(model)
-    if needed or (folder.is_dir() and (folder / "tokenizer.json").is_file()):
-        return model
-    return None

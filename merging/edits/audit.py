@@ -410,7 +410,8 @@ def audit(
         base: the checkpoint it claims to come from. Neurons that did not change are then above suspicion.
         declared: edit files of ours (or `Edit` values); what they say, where the checkpoint holds exactly that, is
             listed as declared. A record inside the model's own folder is read as well.
-        tokenizer: a tokenizer or its path: names the tokens that a suspect's output raises, and reads the probes.
+        tokenizer: a tokenizer or its path: names the tokens that a suspect's output raises (the one in the model's own
+            folder is used for that by itself), and reads the probes.
         probe: texts (needs a tokenizer) or token ids [batch, token]; the model is then loaded and run on them. A few
             thousand tokens of any text will do.
         progress: called with a line for each MLP.
@@ -421,6 +422,7 @@ def audit(
         NonFiniteError: NaN or infinity in what is looked at.
         DataError: probes are too few to say anything.
     """
+    words = loaded_tokenizer(tokenizer)
     source, config = _opened(model)
     layout = _layout(source, config)
     reference = None if base is None else _opened(base)
@@ -440,11 +442,11 @@ def audit(
     if probe is not None:
         from merging.edits.responses import probe_responses
 
-        responses, tokens = probe_responses(model, layout, probe, loaded_tokenizer(tokenizer))
+        responses, tokens = probe_responses(model, layout, probe, words)
     marks = _marks(scored, {key: one.neurons for key, one in pairs.items()}, responses)
     edits = _declared(model, declared)
     suspects = _suspects(scored, marks, edits, source)
-    suspects = _with_tokens(suspects, scored, source, config, loaded_tokenizer(tokenizer))
+    suspects = _with_tokens(suspects, scored, source, config, lambda: _own_tokenizer(model) if words is None else words)
     return AuditReport(
         model=source.label,
         base=None if reference is None else reference[0].label,
@@ -904,7 +906,7 @@ def _with_tokens(
     scored: Sequence[MlpAudit],
     source: TensorSource,
     config: Mapping[str, object],
-    tokenizer: Any,
+    speller: Callable[[], Any],
     *,
     most: int = 50,
     top: int = 5,
@@ -944,6 +946,7 @@ def _with_tokens(
         index = torch.cat([places, torch.arange(start, stop).expand(len(keys), -1)], dim=1)
         best, order = logits.topk(min(top, logits.shape[1]), dim=1)
         places = index.gather(1, order)
+    tokenizer = speller()
     words = {
         key: tuple(str(token) if tokenizer is None else repr(tokenizer.decode([token])) for token in row)
         for key, row in zip(keys, places.tolist())
@@ -956,6 +959,17 @@ def _with_tokens(
         else suspect
         for suspect in suspects
     ]
+
+
+def _own_tokenizer(model: Any) -> Any:
+    """The tokenizer in the model's own folder, if there is one that can be loaded."""
+    if not isinstance(model, str | PathLike) or not (Path(model) / "tokenizer.json").is_file():
+        return None
+    try:
+        return loaded_tokenizer(model)
+    except DataError:
+        # nobody asked for it: token ids will do
+        return None
 
 
 def loaded_tokenizer(tokenizer: Any) -> Any:
