@@ -302,7 +302,12 @@ class _Site:
     """One module of the live model that a tensor of the base is the weight of."""
 
     module: str
-    kind: Literal["linear", "in out", "embedding", "convolution", "other"]
+    kind: Literal["linear", "in out", "embedding", "convolution", "expert", "other"]
+
+
+# per-expert matrices on disk that transformers fuses into one parameter; PEFT fuses an adapter's in the same way
+_EXPERT = re.compile(r"\.experts\.\d+\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$")
+_FUSED = ({"gate_proj", "up_proj"}, {"w1", "w3"}, {"down_proj"}, {"w2"})
 
 
 class _Live:
@@ -340,6 +345,16 @@ class _Live:
         except (ValueError, TypeError, KeyError, AttributeError, ImportError, OSError):
             return None  # a configuration of another version, or of code that is not run here: names have to do
 
+    def peft_fuses_experts(self) -> bool:
+        """Whether the installed PEFT turns per-expert factors of this model into those of its fused parameters."""
+        try:
+            from peft.utils import transformers_weight_conversion as conversion
+        except ImportError:
+            return False
+        kind = getattr(self.model, "config", None)
+        family = getattr(conversion, "_MODEL_TO_CONVERSION_PATTERN", {}).get(getattr(kind, "model_type", None))
+        return bool(getattr(conversion, "_MOE_TARGET_MODULE_MAPPING", {}).get(family))
+
     def path(self, name: str) -> str | None:
         """The live path of a tensor, or None where the live model has no such tensor (fused experts)."""
         if self.names is None:
@@ -350,7 +365,8 @@ class _Live:
         """The modules that use this tensor: one, or two where a head is tied to its embedding."""
         path = self.path(name)
         if path is None:
-            return [_Site(name.rpartition(".")[0], "other")]
+            fused = _EXPERT.search(name) is not None and self.peft_fuses_experts()
+            return [_Site(name.rpartition(".")[0], "expert" if fused else "other")]
         module, _, parameter = path.rpartition(".")
         if self.model is None:
             tied = [alias.rpartition(".")[0] for alias, to in self.base.aliases.items() if to == name]
@@ -459,6 +475,7 @@ class AdapterWriter:
         self.report = AdapterReport(self.out)
         self._tensors: dict[str, Tensor] = {}
         self._ranks: dict[str, int] = {}
+        self._experts: dict[str, LowRank] = {}
         self._in_out = False
         self._whole: dict[str, Tensor] = {}
         self._refused: list[str] = []
@@ -507,6 +524,9 @@ class AdapterWriter:
 
     def _add_factors(self, site: _Site, product: LowRank) -> None:
         """PEFT computes B A for the output by input matrix; each kind of module lies its own way in that."""
+        if site.kind == "expert":
+            self._experts[f"{site.module}.weight"] = product
+            return
         key, left, right = f"base_model.model.{site.module}", product.left, product.right
         self._ranks[site.module] = product.rank
         if site.kind == "embedding":
@@ -564,6 +584,33 @@ class AdapterWriter:
                 "other='drop', or write a checkpoint instead)",
             )
         return list(modules), bias
+
+    def _add_experts(self) -> list[str]:
+        """Stores the experts' factors, all of one rank and with those of zero between, as PEFT needs them to fuse them."""
+        if not self._experts:
+            return []
+        changed = {leaf for name in self._experts for leaf in _EXPERT.findall(name)}
+        leaves = sorted(set().union(*(group for group in _FUSED if group & changed)))
+        alike = [module for module in self._ranks if module.rpartition(".")[2] in leaves]
+        if alike:
+            raise MismatchError(
+                sorted(alike),
+                title="These modules are named as experts are, and PEFT would take them for such. Leave them or the experts "
+                "out with skip, or write a checkpoint instead",
+            )
+        rank = max(product.rank for product in self._experts.values())
+        for name, info in self.base.infos.items():
+            found = _EXPERT.search(name)
+            if found is None or found.group(1) not in leaves:
+                continue
+            rows, columns = info.shape
+            left, right = torch.zeros(rows, rank, dtype=self.dtype), torch.zeros(rank, columns, dtype=self.dtype)
+            product = self._experts.get(name)
+            if product is not None:
+                left[:, : product.rank], right[: product.rank] = product.left, product.right
+            key = f"base_model.model.{name.removesuffix('.weight')}"
+            self._tensors[f"{key}.lora_A.weight"], self._tensors[f"{key}.lora_B.weight"] = right, left
+        return leaves
 
     def _add_nothing(self) -> None:
         """A LoRA of zero on one module: PEFT loads no adapter without any, not even for its saved modules."""
@@ -634,12 +681,15 @@ class AdapterWriter:
         if self._pieces:
             raise OutputError(f"{self.out}: the deltas of {shortened(sorted(self._pieces))} are not whole.")
         saved, bias = self._save_whole()
-        if not self._tensors:
+        if not self._tensors and not self._experts:
             raise OutputError(f"{self.out}: nothing changed, so there is no adapter to write.")
-        if not self._ranks:
+        experts = self._add_experts()
+        if not self._ranks and not experts:
             self._add_nothing()
         counts = Counter(self._ranks.values())
         common = max(counts, key=lambda rank: (counts[rank], rank), default=1)
+        # PEFT fuses experts with the configuration's own rank
+        common = max((product.rank for product in self._experts.values()), default=common)
         patterns = {f"^{re.escape(module)}": rank for module, rank in sorted(self._ranks.items()) if rank != common}
         config = {
             "peft_type": "LORA",
@@ -651,7 +701,7 @@ class AdapterWriter:
             "use_rslora": False,
             "rank_pattern": patterns,
             "alpha_pattern": patterns,
-            "target_modules": self._targets(),
+            "target_modules": [*self._targets(), *experts],
             "modules_to_save": saved or None,
             "bias": bias,
             "fan_in_fan_out": self._in_out,
@@ -822,7 +872,7 @@ class _WeightedSum:
         """The number (or one for each element) that multiplies each task's delta."""
         prepared = self.prepared
         weights = prepared.weights(name, 0, self.infos[name].numel).double()
-        if prepared.method.space == "weight" or prepared.parameters.get("normalize"):
+        if prepared.space == "weight" or prepared.parameters.get("normalize"):
             weights = weights / weights.sum(0)
         else:
             weights = weights * float(value_at(prepared.recipe.scale, name, prepared.depth))
@@ -939,7 +989,7 @@ def merge_to_adapter(
 def _take(prepared: Prepared, writer: AdapterWriter, tile: Tile) -> None:
     values = tile.merged
     assert values is not None
-    if prepared.method.space == "weight":
+    if prepared.space == "weight":
         assert tile.base is not None
         values = values.reshape(-1) - tile.base.reshape(-1)
     if tile.name not in prepared.base.aliases:

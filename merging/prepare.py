@@ -60,6 +60,11 @@ class Prepared:
     depth: dict[str, int]
     warnings: list[str] = field(default_factory=list)
 
+    @property
+    def space(self) -> str:
+        """Whether stacks hold differences to the base or weights."""
+        return self.recipe.space or self.method.space
+
     @cached_property
     def deltas(self) -> ModelDeltas:
         """The task vectors, ready for the engine."""
@@ -67,7 +72,7 @@ class Prepared:
             self.base if self.has_base else None,
             self.tasks,
             self.merged,
-            space=self.method.space,
+            space=self.space,
             weights=self.weights,
             masks=self.masks,
         )
@@ -81,7 +86,7 @@ class Prepared:
             from merging.method import weighted_sum
 
             stages.append(Stage("task_arithmetic", "combine", lambda deltas: weighted_sum))
-        if self.method.space == "delta" and recipe.scale != 1.0:
+        if self.space == "delta" and recipe.scale != 1.0:
             stages.append(Stage("scale", "postprocess", lambda deltas: self._scaling()))
         return stages + [self._stage(method(_name(step)), _given(step), count) for step in recipe.postprocess]
 
@@ -293,7 +298,11 @@ def _method(recipe: Recipe, problems: Problems) -> MergeMethod | None:
     wrong = chosen.check_tasks(len(recipe.tasks))
     if wrong:
         problems.add(f"tasks: {wrong}")
-    if chosen.space == "weight" and recipe.scale != 1.0:
+    if recipe.space is not None and chosen.space == "delta" and recipe.space == "weight":
+        problems.add(f"space: {chosen.name} works on differences to the base only")
+    if recipe.space == "delta" and recipe.base is None:
+        problems.add("space: differences need a base; name it (`base:`)")
+    if (recipe.space or chosen.space) == "weight" and recipe.scale != 1.0:
         problems.add(f"scale: {chosen.name} works on weights, not on differences; it has no scale")
     return chosen
 

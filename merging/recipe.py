@@ -133,6 +133,7 @@ class Recipe(_Strict):
         parameters: the method's parameters. Where statistics are by tensor, a value may be a mapping from patterns.
         scale: one number for the whole merge (λ), or by depth or pattern.
         statistics: whose order statistics and norms count: the whole model's or each tensor's; default: the method's.
+        space: "delta" lets a method that interpolates weights (slerp, nuslerp, multislerp, karcher) work on task vectors.
         tied: whether tied tensors count once in statistics, or each time they appear.
         preprocess, postprocess: further methods, applied to the task vectors first and to the merged delta last.
         coefficients: a file of learned coefficients, used as task weights.
@@ -156,6 +157,7 @@ class Recipe(_Strict):
     parameters: dict[str, Any] = Field(default_factory=dict)
     scale: ByName = 1.0
     statistics: Literal["model", "tensor"] | None = None
+    space: Literal["delta", "weight"] | None = None
     tied: Literal["once", "all"] = "once"
     preprocess: list[Step] = Field(default_factory=list)
     postprocess: list[Step] = Field(default_factory=list)

@@ -1,0 +1,108 @@
+"""mergekit's recipes, unchanged: its golden outputs come out of the files, and what it passes in silence is refused."""
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from merging import Recipe, merge
+from taskvec.errors import RecipeError
+
+GOLDENS = [
+    "linear", "linear_unnormalised", "linear_gradient_filter", "task_arithmetic", "ties", "ties_weighted", "slerp", "nuslerp",
+    "nuslerp_task_rowwise", "multislerp", "karcher", "breadcrumbs", "breadcrumbs_ties", "model_stock", "sce", "nearswap",
+    "ramplus_tl", "arcee_fusion",
+]  # fmt: skip
+
+
+@pytest.fixture
+def folder(goldens, tmp_path, monkeypatch):
+    shutil.copytree(goldens / "mergekit" / "inputs", tmp_path / "inputs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_golden_recipes_give_golden_files(goldens, folder, name):
+    recipe = Recipe.load(goldens / "mergekit" / "configs" / f"{name}.yml")
+    merge(recipe.model_copy(update={"allow": ["zero_task"]}), folder / "out")
+    found, expected = (
+        load_file(folder / "out" / "model.safetensors"),
+        load_file(goldens / "mergekit" / "expected" / f"{name}.safetensors"),
+    )
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        if name == "arcee_fusion":
+            assert float((found[key] != value).float().mean()) < 0.01
+        else:
+            assert_close(found[key], value, atol=1e-6, rtol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_converted_recipes_are_the_same_recipes(goldens, folder, run, name):
+    config = goldens / "mergekit" / "configs" / f"{name}.yml"
+    code, out, _ = run("convert", config)
+    assert code == 0
+    assert Recipe.from_text(out) == Recipe.load(config)
+
+
+def recipe(**changes):
+    data = {
+        "merge_method": "ties", "base_model": "inputs/base",
+        "models": [{"model": f"inputs/ft{i}", "parameters": {"weight": 1.0, "density": 0.5}} for i in (1, 2)],
+    }  # fmt: skip
+    return json.dumps({**data, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"paramters": {}}, "paramters: mergekit has no such key. Did you mean 'parameters'"),
+        ({"merge_method": "tie"}, "'tie' is not a method of mergekit that is known here. Did you mean 'ties'"),
+        ({"parameters": {"densty": 0.2}}, "ties has no such parameter. Did you mean 'density'"),
+        (
+            {"models": [{"model": "inputs/ft1", "parameters": {"weigth": 1}}]},
+            "has no parameter 'weigth'. Did you mean 'weight'",
+        ),
+        ({"models": [{"model": "inputs/ft1"}]}, "weight is missing"),
+        ({"models": []}, "models: is missing or empty"),
+        ({"models": [{"modle": "x"}]}, "is not a mapping with `model`"),
+        ({"slices": []}, "slices: stacking layers"),
+        ({"modules": {}}, "modules: merging submodules"),
+        ({"tokenizer": {"source": "union"}}, "tokenizer: building a tokenizer"),
+        ({"tokenizer_source": "union"}, "tokenizer_source: 'union' is not supported"),
+        ({"chat_template": "chatml"}, "chat_template: replacing"),
+        ({"merge_method": "slerp"}, "parameters.t: is missing"),
+    ],
+)
+def test_what_is_wrong_or_not_supported_is_refused_by_name(changes, words):
+    with pytest.raises(RecipeError, match=words.replace("(", r"\(").replace(")", r"\)").replace(".", r"\.")):
+        Recipe.from_text(recipe(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"models": [{"model": "inputs/ft1", "parameters": {"weight": 1, "density": 20}}]}, "density: .*less than or equal to 1, found 20"),
+        ({"models": [{"model": "inputs/ft1", "parameters": {"weight": 1, "density": -1}}]}, "density: .*greater than 0, found -1"),
+        ({"merge_method": "linear", "base_model": None, "models": [{"model": f"inputs/ft{i}", "parameters": {"weight": w}} for i, w in ((1, 1), (2, -1))]}, "add up to zero"),
+        ({"models": [{"model": "inputs/ft1", "parameters": {"weight": [{"filter": "mpl", "value": 1}], "density": 1}}]}, "pattern '\\*mpl\\*' matches no tensor"),
+    ],
+)  # fmt: skip
+def test_what_mergekit_passes_in_silence_is_an_error(folder, changes, words):
+    from merging.prepare import prepare
+
+    with pytest.raises(RecipeError, match=words):
+        prepare(Recipe.from_text(recipe(**changes)))
+
+
+def test_the_base_among_the_models_is_no_task_vector():
+    models = [{"model": "inputs/base"}, {"model": "inputs/ft1", "parameters": {"weight": 1.0}}]
+    assert [task.path for task in Recipe.from_text(recipe(models=models)).tasks] == ["inputs/ft1"]
+
+
+def test_adapters_written_with_a_plus_become_tasks():
+    models = [{"model": "inputs/base+my-adapter", "parameters": {"weight": 1.0}}]
+    assert Recipe.from_text(recipe(models=models)).tasks[0].path == "my-adapter"
