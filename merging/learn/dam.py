@@ -42,10 +42,13 @@ _UNSET: Any = object()
 _CORRECTED: dict[str, Any] = {
     "masks": "dual",
     "base_merge": "task_arithmetic",
-    "mask_lr": 3e-3,
-    "mask_steps": 300,
+    "mask_lr": 6e-3,
+    "mask_steps": 150,
     "safety": "consistency",
-    "safety_weight": 0.3,
+    "safety_weight": 1.0,
+    "safety_source": "inversion",
+    "performance": "teacher",
+    "refine_steps": 1,
     "final_mask": "mean",
     "adv_lr": 0.01,
     "coefficient_lr": 1e-3,
@@ -60,6 +63,9 @@ _PUBLISHED: dict[str, Any] = {
     "mask_steps": 1000,
     "safety": "entropy",
     "safety_weight": 0.1,
+    "safety_source": "universal",
+    "performance": "entropy",
+    "refine_steps": 0,
     "final_mask": "sample",
     "adv_lr": 1e-4,
     "coefficient_lr": 1.0,
@@ -83,8 +89,8 @@ class DamConfig:
         safety: loss of the safety term: "consistency" (KL from the clean to the perturbed prediction), "entropy" of
             the perturbed prediction, or "none" (Concrete subspace merging).
         safety_weight: weight of the safety loss, ≥ 0 (α in the paper).
-        safety_source: what perturbs: "universal" (one untargeted perturbation per task, trained along, as published),
-            "inversion" (triggers found by inversion of each model, see `invert_triggers`), or "both".
+        safety_source: what perturbs: "inversion" (triggers found by inversion of each model, see `invert_triggers`),
+            "universal" (one untargeted perturbation per task, trained along, as published), "both", or "known".
         known_triggers: task to functions that put a known trigger on a batch's input tensor; used as well as, or with
             safety_source "known" instead of, what is found.
         performance: loss on clean inputs: "entropy" (as published), or "teacher": cross-entropy to the predictions
@@ -103,9 +109,12 @@ class DamConfig:
             the adaptation data.
         inversion_steps: optimisation steps of the trigger inversion.
         inversion_size: largest share of the input that an inverted patch may cover, in (0, 1).
-        flag: a class is suspected when an inverted patch sends more than this share of inputs to it, in (0, 1].
+        flag: a class is suspected when an inverted patch sends more than this share of inputs to it, in [0, 1].
         restarts: searches from other starting points, of each kind, for a suspected class.
-        refine_steps: steps by which an inverted trigger is adapted to the merged model after each mask step.
+        refine_steps: steps by which two of the inverted triggers, in turn, are adapted to the merged model before each
+            mask step. Without it, masks close the holes that were found and leave those beside them.
+        refine_lr: Adam's step size for that.
+        share_triggers: put each inverted trigger on the inputs of every task, not only of its own.
         final_mask: "mean" (deterministic), "sample" (one relaxed sample) or "bernoulli" (one hard sample).
         coefficient_lr: Adam's step size for learned coefficients.
         clamp_coefficients: clamp λ to [0, 1] in the merge.
@@ -131,9 +140,9 @@ class DamConfig:
     masks: Literal["dual", "single"] = _UNSET
     safety: Literal["consistency", "entropy", "none"] | None = _UNSET
     safety_weight: float = _UNSET
-    safety_source: Literal["universal", "inversion", "both", "known"] = "universal"
+    safety_source: Literal["universal", "inversion", "both", "known"] = _UNSET
     known_triggers: Mapping[str, Sequence[Callable[[Tensor], Tensor]]] = field(default_factory=dict)
-    performance: Literal["entropy", "teacher"] = "entropy"
+    performance: Literal["entropy", "teacher"] = _UNSET
     mask_steps: int = _UNSET
     mask_lr: float = _UNSET
     temperature: float = 0.5
@@ -149,7 +158,7 @@ class DamConfig:
     inversion_size: float = 0.03
     flag: float = 0.5
     restarts: int = 4
-    refine_steps: int = 0
+    refine_steps: int = _UNSET
     refine_lr: float = 0.1
     share_triggers: bool = False
     final_mask: Literal["mean", "sample", "bernoulli"] = _UNSET
@@ -197,6 +206,8 @@ class DamConfig:
             problems.add(f"safety_weight: {self.safety_weight} is negative")
         if not 0 < self.inversion_size < 1:
             problems.add(f"inversion_size: {self.inversion_size} is not in (0, 1)")
+        if not 0 <= self.flag <= 1:
+            problems.add(f"flag: {self.flag} is not in [0, 1]")
         if not 0 <= self.collapse < 1:
             problems.add(f"collapse: {self.collapse} is not in [0, 1)")
         if self.compat == "published":
@@ -246,7 +257,8 @@ class DamResult:
     tasks: tuple[str, ...]
     history: list[dict[str, Any]]
     perturbations: dict[str, list[Perturbation]]
-    triggers: list[Any]
+    triggers: list[InvertedTrigger]
+    scan: dict[str, dict[int, float]]
     warnings: list[str]
 
     def apply_to(self, module: nn.Module) -> nn.Module:
@@ -892,14 +904,14 @@ def dam_merge(
     forward = forward or default_forward
     warnings: list[str] = []
     _check_inputs(base, models, data, heads)
-    with _on_device(base, device) as where:
-        vectors = _task_vectors(base, models)
+    with on_device(base, device) as where:
+        vectors = task_vectors(base, models)
         if len(vectors) == 1:
             warnings.append(
                 "one model only: there is no other to dilute a backdoor with; a smaller coefficient does more"
             )
         names = _chosen(base, config)
-        ready = {task: _head(head, where) for task, head in heads.items()}
+        ready = {task: head_of(head, where) for task, head in heads.items()}
         _check_heads(base, heads, names)
         model = MaskedModel(base, vectors, names=names, min_elements=config.min_elements)
         coefficients = _initial_coefficients(config, model, list(vectors), where)
@@ -908,7 +920,7 @@ def dam_merge(
             for index, task in enumerate(vectors)
         }
         trainer = _Trainer(model, streams, ready, forward, config, seed)
-        with _evaluating(base, list(ready.values())), model:
+        with evaluating(base, list(ready.values())), model:
             if config.compat == "published":
                 mask, coefficients = _train_published(trainer, coefficients)
                 model.sum_(coefficients)
@@ -941,6 +953,7 @@ def dam_merge(
         trainer.history,
         trainer.perturbations,
         trainer.triggers,
+        trainer.scan,
         warnings + trainer.warnings,
     )
 
@@ -968,7 +981,7 @@ def _check_inputs(base: Any, models: Mapping[str, Any], data: Any, heads: Mappin
             )
 
 
-def _task_vectors(base: nn.Module, models: Mapping[str, Any]) -> dict[str, Vector]:
+def task_vectors(base: nn.Module, models: Mapping[str, Any]) -> dict[str, Vector]:
     own = {name: parameter.data for name, parameter in base.named_parameters()}
     buffers = {name for name, _ in base.named_buffers()}
     vectors: dict[str, Vector] = {}
@@ -1027,7 +1040,7 @@ def _chosen(base: nn.Module, config: DamConfig) -> list[str]:
     return [name for name in names_matching(names, list(config.include)) if name not in excluded]
 
 
-def _head(head: Any, device: torch.device) -> Head:
+def head_of(head: Any, device: torch.device) -> Head:
     if isinstance(head, Tensor):
         weight = head.to(device)
         return lambda features: features @ weight.to(features.dtype).T
@@ -1065,7 +1078,7 @@ def _initial_coefficients(config: DamConfig, model: MaskedModel, tasks: Sequence
     return values
 
 
-class _on_device:
+class on_device:
     """The module on another device for the time of a `with` block."""
 
     def __init__(self, module: nn.Module, device: "torch.device | str | None"):
@@ -1083,7 +1096,7 @@ class _on_device:
             self.module.to(self.before)
 
 
-class _evaluating:
+class evaluating:
     """Modules in eval mode for the time of a `with` block: no dropout, no batch statistics."""
 
     def __init__(self, module: nn.Module, heads: Sequence[Any]):
@@ -1103,11 +1116,13 @@ def _prepare(trainer: _Trainer, coefficients: Tensor) -> None:
     """Valid range, teachers and inverted triggers: all that is needed of the individual models, before training."""
     config, model = trainer.config, trainer.model
     samples: dict[str, list[Tensor]] = {}
+    pools: dict[str, list[Batch]] = {}
     needs_inputs = config.safety != "none"
     if needs_inputs:
         with torch.no_grad():
             for task, stream in trainer.streams.items():
-                samples[task] = [place(model.module, batch).inputs for batch in stream.once(limit=16)]
+                pools[task] = list(stream.once(limit=16))
+                samples[task] = [place(model.module, batch).inputs for batch in pools[task]]
         if config.input_range is not None:
             shape = next(iter(samples.values()))[0].shape[1:]
             trainer.low, trainer.high = (_broadcast(bound, shape, model.device) for bound in config.input_range)
@@ -1127,15 +1142,39 @@ def _prepare(trainer: _Trainer, coefficients: Tensor) -> None:
             if config.performance == "teacher":
                 trainer.streams[task].teach(predict)
             if inverts:
-                _invert(trainer, task, torch.cat(samples[task]), predict)
+                _invert(trainer, task, _joined(pools[task]), predict)
+    if inverts and not trainer.triggers:
+        trainer.warnings.append(
+            "no class of any model was suspected, so there was no trigger to train against: the masks are those of "
+            "Concrete merging. A lower `flag` or larger `inversion_size` suspects more."
+        )
     if needs_inputs:
         for task, functions in config.known_triggers.items():
             trainer.perturbations.setdefault(task, []).extend(_Known(function) for function in functions)
 
 
-def _invert(trainer: _Trainer, task: str, inputs: Tensor, predict: Callable[[Batch], Tensor]) -> None:
+def _joined(batches: Sequence[Batch]) -> Batch:
+    """Batches as one; of those that differ in shape (padding), the ones shaped as the first."""
+    first = batches[0]
+    if isinstance(first, Mapping):
+        alike = [batch for batch in batches if _stackable_mappings([first, batch])]
+        return {key: torch.cat([batch[key] for batch in alike]) for key in first}
+    return torch.cat([batch for batch in batches if _stackable([first, batch])])
+
+
+def _invert(trainer: _Trainer, task: str, pool: Batch, logits: Callable[[Batch], Tensor]) -> None:
     """Scan every class of one model for a small patch that wins it over, and search again where one was found."""
     config = trainer.config
+    with torch.no_grad():
+        inputs = place(trainer.model.module, pool).inputs
+    text = isinstance(pool, Mapping) and "input_ids" in pool
+
+    def predict(changed: Tensor, rows: Tensor) -> Tensor:
+        if not isinstance(pool, Mapping):
+            return logits(changed)
+        spot = place(trainer.model.module, _rows(pool, rows))
+        return logits(spot.put(changed))
+
     assert trainer.low is not None
     assert trainer.high is not None
     for parameter in trainer.model.module.parameters():
@@ -1148,19 +1187,22 @@ def _invert(trainer: _Trainer, task: str, inputs: Tensor, predict: Callable[[Bat
         "norm": config.norm,
         "steps": config.inversion_steps,
     }
-    scan = invert_triggers(predict, inputs, kind="patch", size=config.inversion_size, seed=trainer.seed, **common)
+    size = config.inversion_size
+    first: Literal["tokens", "patch"] = "tokens" if text else "patch"
+    scan = invert_triggers(predict, inputs, kind=first, size=size, seed=trainer.seed, **common)
     trainer.scan[task] = {trigger.target: trigger.success for trigger in scan}
     flagged = [trigger.target for trigger in scan if trigger.success >= config.flag]
     if flagged:
         goals = flagged * config.restarts
-        for kind, size, seed in (("patch", 1.0, 1), ("patch", 2.0, 2), ("pattern", 1.0, 3)):
+        kinds = ((first, size, 1), (first, 2 * size, 2), *(() if text else (("pattern", size, 3),)))
+        for kind, share, seed in kinds:
             trainer.triggers += [
                 trigger
                 for trigger in invert_triggers(
                     predict,
                     inputs,
-                    kind=kind,  # type: ignore[arg-type]
-                    size=size * config.inversion_size,
+                    kind=kind,
+                    size=share,
                     targets=goals,
                     seed=trainer.seed + seed,
                     **common,

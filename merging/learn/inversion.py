@@ -147,6 +147,34 @@ class Stamp:
         """The budget is part of the formula."""
 
 
+class SoftTokens:
+    """Vectors written over the first positions after the first token of embedded text [position, width].
+
+    Args:
+        vectors: [token, width].
+        budget: longest vector, in the embeddings' own norm.
+    """
+
+    def __init__(self, vectors: Tensor, budget: float):
+        self.vectors, self.budget = vectors, budget
+
+    @property
+    def variables(self) -> Sequence[Tensor]:
+        return (self.vectors,)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        count = self.vectors.shape[-2]
+        # inputs may have a leading axis of one search each
+        shape = torch.broadcast_shapes(inputs[..., 1 : 1 + count, :].shape, self.vectors.shape)
+        rest = inputs.expand(*shape[:-2], *inputs.shape[-2:])
+        return torch.cat([rest[..., :1, :], self.vectors.expand(shape), rest[..., 1 + count :, :]], -2)
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        size = self.vectors.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        self.vectors.mul_(torch.clamp(self.budget / size, max=1.0))
+
+
 # -- inversion ---------------------------------------------------------------------------------------------------------
 
 
@@ -165,11 +193,11 @@ class InvertedTrigger:
 
 
 def invert_triggers(
-    predict: Callable[[Tensor], Tensor],
+    predict: Callable[[Tensor, Tensor], Tensor],
     inputs: Tensor,
     *,
     task: str,
-    kind: Literal["patch", "pattern"],
+    kind: Literal["patch", "pattern", "tokens"],
     low: Tensor,
     high: Tensor,
     targets: Sequence[int] | None = None,
@@ -184,10 +212,11 @@ def invert_triggers(
     """For each target class, the perturbation of bounded size that best sends inputs to it; all are searched at once.
 
     Args:
-        predict: inputs to logits [input, class], weights fixed.
+        predict: (inputs, rows they come from) to logits [input, class], weights fixed.
         inputs: clean inputs [input, *shape]; the last fifth measures success only.
         task: for the record.
-        kind: "patch" (a `Stamp` of mean weight `size`) or "pattern" (an `Additive` of norm `budget`).
+        kind: "patch" (a `Stamp` of mean weight `size`), "pattern" (an `Additive` of norm `budget`), or for embedded
+            text "tokens" (`SoftTokens`, a share `size` of the positions, at least one).
         low: lowest valid input, broadcastable to one input.
         high: highest valid input.
         targets: classes to search for; one may stand several times, each search starts elsewhere. Default: all.
@@ -204,10 +233,10 @@ def invert_triggers(
     """
     generator = torch.Generator().manual_seed(seed)
     held = max(1, len(inputs) // 5)
-    train, test = inputs[:-held], inputs[-held:]
+    last = torch.arange(len(inputs) - held, len(inputs), device=inputs.device)
     shape = inputs.shape[1:]
     with torch.no_grad():
-        clean = predict(test)
+        clean = predict(inputs[last], last)
     goals = list(range(clean.shape[-1])) if targets is None else list(targets)
     clean = clean.argmax(-1)
     everything: Perturbation
@@ -221,6 +250,14 @@ def invert_triggers(
             high,
         )
         rate = lr
+    elif kind == "tokens":
+        count = max(1, round(size * shape[0]))
+        # no longer than a real token's vector, or the search leaves the space of text
+        longest = float(inputs.norm(dim=-1).quantile(0.9))
+        start = torch.randn((len(goals), 1, count, shape[-1]), generator=generator).to(inputs)
+        start = start / start.norm(dim=-1, keepdim=True) * longest
+        everything = SoftTokens(start.requires_grad_(), longest)
+        rate = lr * longest / shape[-1] ** 0.5
     else:
         noise = 0.3 * budget * torch.randn((len(goals), 1, *shape), generator=generator)
         everything = Additive(noise.to(inputs).requires_grad_(), budget, norm, low, high)
@@ -228,8 +265,8 @@ def invert_triggers(
     optimiser = torch.optim.Adam(list(everything.variables), lr=rate)
     wanted = torch.tensor(goals, device=inputs.device)
     for _ in range(steps):
-        chosen = train[torch.randint(len(train), (batch,), generator=generator).to(inputs.device)]
-        logits = predict(everything(chosen.unsqueeze(0)).flatten(0, 1))
+        rows = torch.randint(max(1, len(inputs) - held), (batch,), generator=generator).to(inputs.device)
+        logits = predict(everything(inputs[rows].unsqueeze(0)).flatten(0, 1), rows.repeat(len(goals)))
         # a sum, so that the searches do not share one gradient scale
         loss = F.cross_entropy(logits, wanted.repeat_interleave(batch)) * len(goals)
         gradients = torch.autograd.grad(loss, list(everything.variables))
@@ -242,7 +279,7 @@ def invert_triggers(
         for index, target in enumerate(goals):
             single = _single(everything, index)
             others = clean != target
-            flipped = predict(single(test)).argmax(-1) == target
+            flipped = predict(single(inputs[last]), last).argmax(-1) == target
             success = float(flipped[others].float().mean()) if bool(others.any()) else 0.0
             found.append(InvertedTrigger(task, target, kind, success, single))
     return found
@@ -262,6 +299,8 @@ def _single(everything: Perturbation, index: int) -> Perturbation:
     if isinstance(everything, Stamp):
         weight, pattern = (v.detach()[index, 0].clone() for v in everything.variables)
         return Stamp(weight, pattern, everything.size, everything.low, everything.high)
+    if isinstance(everything, SoftTokens):
+        return SoftTokens(everything.vectors.detach()[index, 0].clone(), everything.budget)
     assert isinstance(everything, Additive)
     delta = everything.delta.detach()[index, 0].clone()
     return Additive(delta, everything.budget, everything.norm, everything.low, everything.high)

@@ -1,0 +1,276 @@
+"""Does a merge keep a backdoor? Four small tasks, one or more poisoned models, merged with and without a defence.
+
+    python examples/dam/miniature.py --out out/dam                       # 5 seeds, a few minutes on two idle cores
+    python examples/dam/miniature.py --out out/dam --seeds 0 --steps 20  # a quick look
+
+Every hyper-parameter below was chosen on other seeds (100, 101), other triggers and the validation splits (`--part
+validation --seeds 100,101`); the test splits, the test triggers and seeds 0 to 4 were run once, with these.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # so that spawned workers find it too
+
+from world import HIGH, LOW, TASKS, TRIGGERS, World, world
+
+from merging import merge_stacks
+from merging.learn.adamerging import adamerging
+from merging.learn.dam import DamConfig, dam_merge
+from merging.learn.masks import ConcreteMask, masked_merge, rescale
+from merging.learn.security import SecurityReport, Trigger, draw_panels, security_report
+
+LAMBDA = 0.5
+LAMBDAS = (0.1, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.8)
+COMMON: dict[str, Any] = {"lam0": LAMBDA, "mask_lr": 6e-3, "input_range": (LOW, HIGH)}
+CONCRETE: dict[str, Any] = {"masks": "single", "safety": "none"}
+OURS: dict[str, Any] = {"safety_weight": 1.0, "performance": "teacher"}
+INVERSION: dict[str, Any] = {**OURS, "safety_source": "inversion", "refine_steps": 1}
+# each is one call of dam_merge
+MASKED: dict[str, dict[str, Any]] = {
+    "Concrete": {**CONCRETE, "performance": "entropy", "final_mask": "sample"},
+    "Concrete + teacher (control)": {**CONCRETE, "performance": "teacher"},
+    # the released loss: entropy of inputs clipped to [0, 1] after normalisation, weight 0.1, perturbation 1e-4 a step
+    "DAM as published": {
+        "masks": "single",
+        "performance": "entropy",
+        "safety_source": "universal",
+        "safety": "entropy",
+        "safety_weight": 0.1,
+        "adv_lr": 1e-4,
+        "input_range": (0.0, 1.0),
+        "final_mask": "sample",
+    },
+    "DAM dual": {"performance": "entropy", "safety_source": "universal", "safety_weight": 0.3},
+    "DAM + trigger inversion": {**INVERSION, "masks": "single"},
+    "DAM dual + trigger inversion": INVERSION,
+    "oracle (true trigger)": {**OURS, "masks": "single", "safety_source": "known"},
+}
+# the rows that every seed has; the others are made for the first seeds only
+ALWAYS = ("Concrete", "DAM as published", "DAM + trigger inversion", "oracle (true trigger)")
+
+
+def deltas(place: World, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    base = dict(place.base.named_parameters())
+    return {name: (own - base[name]).detach() for name, own in model.named_parameters()}
+
+
+def run(
+    place: World,
+    bad: Mapping[str, tuple[Any, torch.nn.Module]],
+    part: str,
+    steps: int,
+    methods: tuple[str, ...],
+    everything: bool,
+) -> tuple[SecurityReport, dict[str, Any]]:
+    """Merge one set of models in every way, and measure all of them.
+
+    Args:
+        place: tasks, base and clean models.
+        bad: attacked task to (trigger, poisoned model).
+        part: the split to measure on.
+        steps: mask steps.
+        methods: which of the masked ones.
+        everything: also the merges without masks.
+    """
+    models: dict[str, Any] = {**place.clean, **{task: model for task, (_, model) in bad.items()}}
+    vectors = {task: deltas(place, model) for task, model in models.items()}
+    base = {name: tensor.detach() for name, tensor in place.base.named_parameters()}
+    inputs = {task: place.data[task]["adapt"].images for task in TASKS}
+    tests = {task: (place.data[task][part].images, place.data[task][part].labels) for task in TASKS}
+    triggers = {task: Trigger(own.apply, own.target, own.name) for task, (own, _) in bad.items()}
+    merged: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
+    if everything:
+        stacks = {name: torch.stack([vectors[task][name] for task in models]) for name in base}
+        for label, method, options in (("TIES", "ties", {"density": 0.2}), ("PCB", "pcb", {"density": 0.1})):
+            found = merge_stacks(method, stacks, **options)
+            merged[label] = {name: base[name] + found[name] for name in base}
+        for wise in ("task", "layer"):
+            generator = torch.Generator().manual_seed(place.seed)
+            batches = [
+                {task: own[torch.randint(len(own), (16,), generator=generator)] for task, own in inputs.items()}
+                for _ in range(steps)
+            ]
+            composition, _ = adamerging(
+                place.base, vectors, batches, place.heads, wise=wise, lr=3e-3, steps=steps, seed=place.seed
+            )
+            with composition:
+                composition.compose_()
+                merged[f"AdaMerging {wise}-wise"] = {
+                    name: tensor.detach().clone() for name, tensor in place.base.state_dict().items()
+                }
+        noise = torch.Generator().manual_seed(place.seed)
+        mask = ConcreteMask.constant({name: tensor.shape for name, tensor in base.items()})
+        uniform = {name: torch.rand(tensor.shape, generator=noise) for name, tensor in base.items()}
+        merged["random mask (control)"] = masked_merge(
+            base, vectors, [LAMBDA] * len(vectors), rescale(mask.sample(uniform))
+        )
+    for name in methods:
+        options = {**COMMON, "mask_steps": steps, **MASKED[name]}
+        if options.get("safety_source") == "known":
+            options["known_triggers"] = {task: [trigger.apply] for task, trigger in triggers.items()}
+        started = time.process_time()
+        result = dam_merge(
+            place.base, models, data=inputs, heads=place.heads, config=DamConfig(**options), seed=place.seed
+        )
+        merged[name] = result.state_dict
+        facts[name] = {"seconds": time.process_time() - started, "warnings": result.warnings}
+        if options.get("safety_source") == "inversion":
+            facts[name]["suspected"] = sorted({(found.task, found.target) for found in result.triggers})
+            facts[name]["scan"] = result.scan
+    report = security_report(
+        {f"plain merge, λ = {LAMBDA}": masked_merge(base, vectors, [LAMBDA] * len(vectors))},
+        merged,
+        heads=place.heads,
+        tests=tests,
+        triggers=triggers,
+        base=place.base,
+        models=vectors_of(models),
+        lambdas=LAMBDAS,
+    )
+    own: dict[str, Any] = {}
+    for task, model in models.items():
+        alone = security_report(
+            {task: model.state_dict()},
+            {task: model.state_dict()},
+            heads=place.heads,
+            tests={task: tests[task]} if task in triggers else {task: tests[task], **{t: tests[t] for t in triggers}},
+            triggers=triggers if task not in triggers else {task: triggers[task]},
+            base=place.base,
+            models=vectors_of(models),
+            lambdas=(LAMBDA,),
+        ).rows[task]
+        own[task] = {"accuracy": alone.accuracy[task].value, "success": alone.success.get(task)}
+    facts["individual"] = {
+        "accuracy": sum(row["accuracy"] for row in own.values()) / len(own),
+        "success": sum(own[task]["success"].value for task in triggers) / len(triggers),
+    }
+    return report, facts
+
+
+def vectors_of(models: Mapping[str, torch.nn.Module]) -> dict[str, Any]:
+    return {task: model.state_dict() for task, model in models.items()}
+
+
+def one_seed(arguments: tuple[int, str, int, str, bool]) -> None:
+    seed, part, steps, out, wide = arguments
+    torch.set_num_threads(1)
+    place = world(seed)
+    results: dict[str, Any] = {}
+    for trigger in TRIGGERS[part]:
+        bad = {"digits": (trigger, place.poisoned("digits", trigger))}
+        report, facts = run(place, bad, part, steps, tuple(MASKED) if wide else ALWAYS, True)
+        results[f"one model: {trigger.name}"] = {**report.as_dict(), "facts": facts}
+        save(Path(out) / f"seed-{seed}.json", results)
+    if wide:
+        trigger = TRIGGERS[part][0]
+        for label, attacked in (("two models", TASKS[:2]), ("all models", TASKS)):
+            bad = {}
+            for number, task in enumerate(attacked):
+                own = type(trigger)(trigger.name, trigger.apply, (trigger.target + 2 * number) % 8)
+                bad[task] = (own, place.poisoned(task, own))
+            report, facts = run(place, bad, part, steps, ALWAYS, False)
+            results[f"{label}: {trigger.name}"] = {**report.as_dict(), "facts": facts}
+            save(Path(out) / f"seed-{seed}.json", results)
+
+
+def save(path: Path, results: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(clean(results), indent=1))
+
+
+def clean(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): clean(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [clean(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+# -- summary -----------------------------------------------------------------------------------------------------------
+
+
+def summary(out: Path) -> str:
+    """Means over seeds of every scenario as text; also the picture."""
+    seeds = [json.loads(path.read_text()) for path in sorted(out.glob("seed-*.json"))]
+    scenarios = list(dict.fromkeys(name for seed in seeds for name in seed))
+    lines, panels = [], []
+    for scenario in scenarios:
+        found = [seed[scenario] for seed in seeds if scenario in seed]
+        lines += [f"{scenario} ({len(found)} seeds)", f"  {'':32} accuracy  success (range)      flips"]
+        points: dict[str, tuple[float, float]] = {}
+        curve: dict[float, tuple[float, float]] = {}
+
+        def add(name: str, rows: list[dict[str, Any]], note: str = "", lines: list[str] = lines) -> tuple[float, float]:
+            accuracy, success, flips = (
+                mean([row[key] for row in rows]) for key in ("mean_accuracy", "mean_success", "mean_flips")
+            )
+            low, high = (100 * pick(row["mean_success"] for row in rows) for pick in (min, max))
+            flipped = "" if flips is None else f"{100 * flips:6.1f}"
+            lines.append(
+                f"  {name:32} {100 * accuracy:8.1f}  {100 * success:6.1f} ({low:.0f}-{high:.0f}) {flipped:>10}{note}"
+            )
+            return accuracy, success
+
+        individual = [own["facts"]["individual"] for own in found]
+        lines.append(
+            f"  {'individual models':32} {100 * mean([own['accuracy'] for own in individual]):8.1f}  "
+            f"{100 * mean([own['success'] for own in individual]):6.1f}"
+        )
+        for lam in found[0]["plain_merge_curve"]:
+            curve[float(lam)] = add(f"plain merge, λ = {lam}", [own["plain_merge_curve"][lam] for own in found])
+        for name in dict.fromkeys(name for own in found for name in own["rows"]):
+            rows = [own["rows"][name] for own in found if name in own["rows"]]
+            point = add(name, rows, "" if len(rows) == len(found) else f"   ({len(rows)} seeds)")
+            if not name.startswith("plain merge"):
+                points[name] = point
+        panels.append((f"{scenario}, {len(found)} seeds", points, curve))
+        lines.append("")
+    draw_panels(out / "dam.png", panels)
+    return "\n".join(lines)
+
+
+def mean(values: list[Any]) -> Any:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def main(arguments: list[str] | None = None) -> str:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", default="out/dam")
+    parser.add_argument("--seeds", default="0,1,2,3,4")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--part", choices=("test", "validation"), default="test")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument(
+        "--wide-seeds", type=int, default=1, help="first seeds with every row, and with two and all models poisoned"
+    )
+    chosen = parser.parse_args(arguments)
+    Path(chosen.out).mkdir(parents=True, exist_ok=True)
+    seeds = [int(seed) for seed in chosen.seeds.split(",")]
+    jobs = [
+        (seed, chosen.part, chosen.steps, chosen.out, number < chosen.wide_seeds) for number, seed in enumerate(seeds)
+    ]
+    each: Callable[..., Any] = map
+    if chosen.processes > 1 and len(jobs) > 1:
+        with multiprocessing.get_context("spawn").Pool(chosen.processes) as pool:
+            pool.map(one_seed, jobs, chunksize=1)
+    else:
+        list(each(one_seed, jobs))
+    text = summary(Path(chosen.out))
+    (Path(chosen.out) / "dam.txt").write_text(text + "\n")
+    print(text)
+    return text
+
+
+if __name__ == "__main__":
+    main()
