@@ -1,0 +1,45 @@
+"""Peak resident memory stays under the budget plus 400 MiB, whatever the model's size (real processes)."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from taskvec.checkpoint import SEGMENT
+from taskvec.source import TensorInfo
+from taskvec.writer import CheckpointWriter
+
+CODE = """
+import resource, sys
+from merging import Recipe, merge
+base, out, method, *tasks = sys.argv[1:]
+merge(Recipe.from_data({"base": base, "tasks": tasks, "method": method, "memory": "64MiB"}), out)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def model(folder, numel, seed, tuned):
+    infos = {f"layers.{i}.weight": TensorInfo((numel // 8 // 1024, 1024), torch.bfloat16) for i in range(8)}
+    with CheckpointWriter(folder, infos) as writer:
+        for index, (name, info) in enumerate(infos.items()):
+            for start in range(0, info.numel, SEGMENT):
+                count = min(SEGMENT, info.numel - start)
+                values = torch.randn(count, generator=torch.Generator().manual_seed(index * 1000 + start // SEGMENT))
+                if tuned:
+                    values += 0.05 * torch.randn(count, generator=torch.Generator().manual_seed(seed * 7 + index))
+                writer.write(name, values, start)
+        writer.finish()
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["pcb", "ties"])
+def test_the_peak_is_flat_and_below_the_budget_plus_400_mib(tmp_path, method):
+    peaks = []
+    for size in (8 << 20, 40 << 20):
+        paths = [model(tmp_path / f"{size}-{i}", size, i, i > 0) for i in range(4)]
+        command = [sys.executable, "-c", CODE, *map(str, [paths[0], tmp_path / f"out-{size}", method, *paths[1:]])]
+        peaks.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]) * 1024)
+    assert max(peaks) < (64 + 400) << 20
+    assert peaks[1] < 1.25 * peaks[0]
