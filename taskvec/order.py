@@ -176,7 +176,7 @@ def _count(values: Tensor, brackets: Sequence[Sequence[_Bracket]]) -> list[list[
     """Counts against each bracket. On the CPU numpy does it: its comparisons and counts of bools are vectorised."""
     if values.device.type != "cpu":
         return _count_there(values.detach(), brackets)
-    rows = values.detach().to("cpu").numpy()
+    rows = values.detach().reshape(len(values), -1).to("cpu").numpy()
     result = []
     for row, wanted in zip(rows, brackets):
         counts = []
@@ -201,7 +201,7 @@ def _count(values: Tensor, brackets: Sequence[Sequence[_Bracket]]) -> list[list[
 def _count_there(values: Tensor, brackets: Sequence[Sequence[_Bracket]]) -> list[list[_Count]]:
     """The same where the values are: only counts and the few values inside come back."""
     told, picked = [], []
-    for row, wanted in zip(values, brackets):
+    for row, wanted in zip(values.reshape(len(values), -1), brackets):
         for bracket in wanted:
             low, high = (torch.full((), end, dtype=row.dtype, device=row.device) for end in (bracket.low, bracket.high))
             told.append(torch.stack([(row < low).sum(), (row == low).sum(), (row == high).sum()]))
@@ -243,6 +243,7 @@ def radix_statistics(of: Callable[[Tile], Tensor], ranks: Sequence[Sequence[int]
 
         def of_level(tile: Tile, wanted: list[list[int]] = wanted, level: int = level) -> list[dict[int, Any]]:
             values = of(tile).detach().to("cpu")
+            values = values.reshape(len(values), -1)  # stages that see tensors whole give them in their shapes
             if not dtype:
                 dtype.append(values.dtype)
             return [_digits(row, level, prefixes_) for row, prefixes_ in zip(values.numpy(), wanted)]

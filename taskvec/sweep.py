@@ -257,6 +257,9 @@ class _Sweep:
 
     def _one_tensor(self, name: str, start: int, stop: int) -> None:
         """All stages on one tensor, its statistics its own; its tiles are kept between passes where they fit."""
+        if start == stop:  # nothing to take statistics of
+            self._finish_tile(self.deltas.tile(name, start, stop))
+            return
         need = (stop - start) * 4 * (len(self.deltas.tasks) + 2)
         with self._gate(need) as fits:
             small = _TensorSweep(self, name, keep=fits)
@@ -387,6 +390,8 @@ class _Sweep:
         lock = threading.Lock()
 
         def work(tile: Tile) -> None:
+            if tile.start == tile.stop:
+                return
             part = fold.of(self._through(tile))
             with lock:  # joined at once, so that partial results never pile up
                 partials[:] = [fold.join(partials[0], part)] if partials else [part]
@@ -444,7 +449,14 @@ class _Sweep:
         shape = tile.shape
         base = None if tile.base is None else tile.base.view(shape)
         return Tile(
-            tile.name, shape, tile.start, tile.stop, tile.tasks, tile.stack.view(-1, *shape), base, tile.weights
+            tile.name,
+            shape,
+            tile.start,
+            tile.stop,
+            tile.tasks,
+            tile.stack.view(len(tile.tasks), *shape),
+            base,
+            tile.weights,
         )
 
     def _examine(self, tile: Tile) -> None:
@@ -487,7 +499,7 @@ class _Sweep:
 
     def _finish_tile(self, tile: Tile) -> None:
         if tile.name not in self.skip:
-            self.sink(self._through(tile))
+            self.sink(self._through(tile) if tile.start < tile.stop else tile.with_merged(tile.stack[0]))
 
     def _sample(self, sample: Sample) -> tuple[Tensor, bool]:
         total = self.deltas.numel
@@ -497,7 +509,7 @@ class _Sweep:
         if total <= sample.size:
             parts = []
             for name, info in self.deltas.infos.items():
-                for tile in self._tiles(name, 0, info.numel, not self._read_once):
+                for tile in self._tiles(name, 0, info.numel, not self._read_once) if info.numel else ():
                     parts.append(sample.of(self._through(tile)).reshape(-1, tile.stop - tile.start))
             self._read_once = True
             return torch.cat(parts, -1), True

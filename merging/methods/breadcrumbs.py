@@ -11,12 +11,15 @@ from taskvec.plan import Plan
 
 
 @merge_method("breadcrumbs", paper="arXiv:2312.06795", role="preprocess", statistics="tensor", passes=2)
-def breadcrumbs(deltas: Deltas, *, density: Density = 0.9, gamma: Fraction = 0.01, rescale: bool = False) -> Plan:
+def breadcrumbs(
+    deltas: Deltas, *, density: Density = 0.9, gamma: Fraction | list[Fraction] = 0.01, rescale: bool = False
+) -> Plan:
     """Keep the middle of each task vector: neither its smallest entries nor its largest outliers.
 
     Args:
         density: fraction kept (1 - beta - gamma in the paper).
-        gamma: fraction of largest entries dropped. The kept ones are the int(density * d) largest below those.
+        gamma: fraction of largest entries dropped, one number or one for each task. The kept ones are the
+            int(density * d) largest below those.
         rescale: multiply what is kept so that the L1 norm stays (mergekit's `rescale`), one pass more.
 
     The paper masks layer by layer, so the default takes the statistics of each tensor. As `method: breadcrumbs` the
@@ -26,10 +29,10 @@ def breadcrumbs(deltas: Deltas, *, density: Density = 0.9, gamma: Fraction = 0.0
     """
     numel = deltas.numel
     ranks = []
-    for share in per_task(density, len(deltas.tasks)):
+    for share, outliers in zip(per_task(density, len(deltas.tasks)), per_task(gamma, len(deltas.tasks))):
         kept = max(1, int(share * numel))
-        first = max(0, numel - kept - int(gamma * numel))
-        ranks.append([first, max(first, min(first + kept, numel - int(gamma * numel)) - 1)])
+        first = max(0, numel - kept - int(outliers * numel))
+        ranks.append([first, max(first, min(first + kept, numel - int(outliers * numel)) - 1)])
     found = yield from order_statistics(lambda tile: tile.stack.abs(), ranks, numel)
 
     factors = [1.0] * len(deltas.tasks)

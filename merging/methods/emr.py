@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from merging.method import merge_method, weighted
+from merging.method import merge_method, weighted_rows
 from taskvec.deltas import Deltas, Tile
 from taskvec.plan import Kernel
 
@@ -18,12 +18,11 @@ def emr(deltas: Deltas) -> Kernel:
     """
 
     def kernel(tile: Tile) -> Tensor:
-        stack = weighted(tile)
-        positive = tile.total() > 0
-        size = torch.zeros_like(stack[0])
-        for row in stack:
-            agreeing = torch.where(positive, row, -row)
-            torch.maximum(size, agreeing, out=size)
-        return torch.where(positive, size, -size)
+        largest = torch.zeros_like(tile.stack[0])
+        smallest = torch.zeros_like(largest)
+        for row in weighted_rows(tile):
+            torch.maximum(largest, row, out=largest)
+            torch.minimum(smallest, row, out=smallest)
+        return torch.where(tile.total() > 0, largest, smallest)
 
     return kernel

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from merging.method import merge_method, weighted
+from merging.method import merge_method, weighted_rows
 from taskvec.deltas import Deltas, Tile
 from taskvec.plan import Kernel
 
@@ -17,9 +17,9 @@ def magmax(deltas: Deltas) -> Kernel:
     """
 
     def kernel(tile: Tile) -> Tensor:
-        stack = weighted(tile)
-        best = stack[0].clone()
-        for row in stack[1:]:
+        first, *rest = weighted_rows(tile)
+        best = first.clone()
+        for row in rest:
             torch.where(row.abs() > best.abs(), row, best, out=best)
         return best
 

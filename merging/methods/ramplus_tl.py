@@ -24,7 +24,7 @@ def ramplus_tl(
     """
 
     def changes(tile: Tile) -> Tensor:
-        changed = tile.stack.flatten(1).abs() > epsilon
+        changed = tile.stack.reshape(len(tile.tasks), -1).abs() > epsilon
         many = changed.sum(0)
         return torch.stack([(changed & (many > 1)).sum(1), (changed & (many == 1)).sum(1)])
 

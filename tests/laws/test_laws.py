@@ -200,6 +200,17 @@ def test_zero_task_vectors_merge_to_zero(name):
     )
 
 
+@pytest.mark.parametrize("statistics", ["model", "tensor"])
+@pytest.mark.parametrize("name", COMBINE)
+def test_scalars_single_rows_and_empty_tensors_are_merged_too(name, statistics):
+    layout = {"layers.0.w": (6, 5), "scalar": (), "empty": (0, 4), "row": (1, 5), "column": (5, 1), "one": (1,)}
+    stacks = stacks_of(tasks_of(name), 2, layout)
+    found = merged(name, stacks, statistics=statistics, postprocess=[step(post) for post in POSTPROCESS])
+    for key, value in found.items():
+        assert value.shape == stacks[key].shape[1:]
+        assert torch.isfinite(value).all()
+
+
 @pytest.mark.parametrize("name", TASKWISE)
 def test_one_zero_task_leaves_the_merge_finite(name):
     stacks = stacks_of(tasks_of(name))
@@ -278,12 +289,18 @@ def test_draws_depend_on_seed_task_and_name_alone(name):
 
 # -- whole-model statistics around methods that see tensors whole ------------------------------------------------------
 
-BIG = {"layers.0.w": (300, 400), "layers.1.w": (200, 500), "layers.2.bias": (70_000,)}  # more than is sorted at once
+BIG = {
+    "layers.0.w": (300, 400),
+    "layers.1.w": (200, 500),
+    "layers.2.bias": (70_000,),
+    "scale": (),
+    "empty": (0, 3),
+}  # more than is sorted at once
 
 
 def test_thresholds_before_a_method_for_whole_tensors_are_the_whole_models():
     stacks = stacks_of(2, 4, BIG)
-    flat = torch.cat([stack.flatten(1) for stack in stacks.values()], 1).abs()
+    flat = torch.cat([stack.reshape(2, -1) for stack in stacks.values()], 1).abs()
     least = flat.sort(dim=1, descending=True).values[:, int(0.3 * flat.shape[1]) - 1]
     trimmed = {name: stack * (stack.abs() >= least.view(-1, *[1] * (stack.ndim - 1))) for name, stack in stacks.items()}
     found = merged("iso_c", stacks, preprocess=[{"method": "magnitude", "density": 0.3}])
@@ -299,3 +316,33 @@ def test_thresholds_after_a_method_for_whole_tensors_are_those_of_what_it_made()
     ]
     dropped = {name: torch.stack([part[name] for part in parts]) for name in stacks}
     assert same_bits(found, merged("ties", dropped, density=0.2))
+
+
+def test_heavily_tied_values_are_counted_exactly_where_tensors_are_whole():
+    stacks = {name: (stack * 2).round() for name, stack in stacks_of(2, 4, BIG).items()}
+    found = merged("iso_c", stacks, preprocess=[{"method": "magnitude", "density": 0.1}])
+    flat = torch.cat([stack.reshape(2, -1) for stack in stacks.values()], 1).abs()
+    least = flat.sort(dim=1, descending=True).values[:, int(0.1 * flat.shape[1]) - 1]
+    trimmed = {name: stack * (stack.abs() >= least.view(-1, *[1] * (stack.ndim - 1))) for name, stack in stacks.items()}
+    assert same_bits(found, merged("iso_c", trimmed))
+
+
+def test_the_radix_count_takes_tensors_in_their_shapes():
+    from taskvec.order import radix_statistics
+
+    found = {}
+
+    def plan(deltas):
+        rows = yield from radix_statistics(lambda tile: tile.stack.abs(), [[5, 1000], [7]])
+        found["rows"] = rows
+        return lambda tile: tile.total()
+
+    from taskvec.deltas import StackDeltas
+    from taskvec.sweep import Stage, sweep
+
+    stacks = stacks_of(2, 1, BIG)
+    sweep(StackDeltas(stacks), [Stage("radix", "combine", plan, "tensor")], lambda tile: None)
+    flat = torch.cat([stack.reshape(2, -1) for stack in stacks.values()], 1).abs().sort(dim=1).values
+    assert found["rows"][0][5].value == float(flat[0, 5])
+    assert found["rows"][0][1000].value == float(flat[0, 1000])
+    assert found["rows"][1][7].value == float(flat[1, 7])

@@ -310,3 +310,33 @@ def test_lines_counts_each_tower_by_itself():
     found = merge_stacks("task_arithmetic", stacks, postprocess=[{"method": "lines", "slope": 1.0, "first": 0.0}])
     for name, factor in zip(names, [0.0, 1.0, 0.0, 0.5, 1.0]):
         torch.testing.assert_close(found[name], factor * stacks[name][0])
+
+
+def test_della_gives_equal_magnitudes_the_same_chance():
+    row = torch.tensor([1.0, -1.0, 2.0, 2.0, -2.0, 3.0, 0.5])
+    stack = row.expand(1, 3000, 7).contiguous()
+    kept = (merged("della", stack, density=0.5, epsilon=0.3, rescale=False) != 0).double().mean(0)
+    ranks = np.array([1.5, 1.5, 4.0, 4.0, 4.0, 6.0, 0.0])
+    np.testing.assert_allclose(kept.numpy(), 0.2 + 0.6 * ranks / 6, atol=0.03)
+
+
+@pytest.mark.parametrize("density", [0.2, 0.7])
+def test_dare_keeps_each_entry_with_its_probability_and_the_expectation_stays(density):
+    stack = stack_of(tasks=1, shape=(100, 200))
+    found = merged("dare", stack, density=density, seed=2)
+    kept = found != 0
+    assert abs(float(kept.double().mean()) - density) < 0.015
+    torch.testing.assert_close(found[kept], stack[0][kept] / density)
+    mean = torch.stack([merged("dare", stack, density=density, seed=seed) for seed in range(60)]).mean(0)
+    error = float((mean - stack[0]).norm() / stack[0].norm())
+    assert error < 1.3 * math.sqrt((1 - density) / density / 60)
+
+
+def test_magnitude_keeps_the_largest_of_each_task():
+    stack = stack_of(tasks=2, shape=(40, 50))
+    found = merged("magnitude", stack, density=0.3)
+    wanted = torch.zeros(40, 50)
+    for delta in stack:
+        least = delta.abs().flatten().sort(descending=True).values[int(0.3 * 2000) - 1]
+        wanted += torch.where(delta.abs() >= least, delta, 0.0)
+    torch.testing.assert_close(found, wanted)

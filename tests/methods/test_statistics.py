@@ -231,7 +231,9 @@ def test_the_first_layer_is_the_same_in_regmean_and_regmean_pp(zoo, tmp_path):
     base, models, batches = zoo
     stacks = deltas(base, models)
     plain = files_of(tmp_path, models, batches, input_grams)
-    through = input_grams_through_merged(models, batches, {name: tmp_path / f"{name}-pp.safetensors" for name in models})
+    through = input_grams_through_merged(
+        models, batches, {name: tmp_path / f"{name}-pp.safetensors" for name in models}
+    )
     one = merge_stacks("regmean", stacks, statistics_files=plain)
     other = merge_stacks("regmean_pp", stacks, statistics_files=[str(file) for file in through.values()])
     torch.testing.assert_close(one["layers.0.weight"], other["layers.0.weight"])
