@@ -96,18 +96,19 @@ def progress_bar(unit_bytes: int = 4) -> "Iterator[Callable[[Progress], None]]":
 
 def _plain_lines(unit_bytes: int) -> "Callable[[Progress], None]":
     began: dict[int, float] = {}
-    last = time.monotonic()
+    last = seen = time.monotonic()
     lock = threading.Lock()
 
     def update(event: "Progress") -> None:
-        nonlocal last
+        nonlocal last, seen
         with lock:
             now = time.monotonic()
-            start = began.setdefault(event.step, now)
-            if now - last < 10 or event.done == 0:
+            start = began.setdefault(event.step, seen)  # a pass begins when the one before it was last heard of
+            seen = now
+            if now - last < 10:
                 return
             last = now
-        speed = event.done * unit_bytes / max(now - start, 1e-9)
+        speed = event.done * unit_bytes / max(now - start, 1e-3)
         left = (event.total - event.done) * unit_bytes / max(speed, 1e-9)
         share = event.done / max(event.total, 1)
         say(f"pass {event.step}, {event.label}: {share:.0%}, {speed / 1e6:.0f} MB/s, {left:.0f} s left")
