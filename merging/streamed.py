@@ -104,7 +104,7 @@ def merge(
         outcome = sweep(
             prepared.deltas,
             stages,
-            lambda tile: _take(prepared, writer, aliases, tile),
+            _Taking(prepared, writer, aliases),
             scope=prepared.scope,
             options=Options(options.memory, options.workers, options.device, options.tile, progress),
             skip=frozenset(writer.done),
@@ -129,10 +129,40 @@ def merge(
 # -- one tile at a time ----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Taking:
+    """The sink of a merge: finished tiles go onto the base and to the writer, under every name they have."""
+
+    prepared: Prepared
+    writer: CheckpointWriter
+    aliases: Mapping[str, Sequence[str]]
+
+    def __call__(self, tile: Tile) -> None:
+        _take(self.prepared, self.writer, self.aliases, tile)
+
+    @property
+    def kinds(self) -> dict[str, torch.dtype] | None:
+        """The dtypes in which weights that were finished elsewhere are wanted; None where the method makes weights."""
+        if self.prepared.space != "delta":
+            return None
+        return {name: self._kind(name) for name in self.prepared.merged}
+
+    def _kind(self, name: str) -> torch.dtype:
+        infos = self.prepared.infos
+        found = {infos[n].dtype for n in (name, *self.aliases.get(name, ())) if n in infos}
+        return torch.bfloat16 if found == {torch.bfloat16} else torch.float32
+
+    def take_weights(self, name: str, start: int, values: Tensor) -> None:
+        """Weights that are finished: the base is in them, and they are known to be finite."""
+        for known in (name, *self.aliases.get(name, ())):
+            if known in self.prepared.infos and known not in self.writer.done:
+                self.writer.write(known, values, start)
+
+
 def _take(prepared: Prepared, writer: CheckpointWriter, aliases: Mapping[str, Sequence[str]], tile: Tile) -> None:
     values = tile.merged
     assert values is not None
-    if prepared.method.space == "delta":
+    if prepared.space == "delta":
         assert tile.base is not None
         values = tile.base.reshape(-1) + values.reshape(-1)
     values = values.reshape(-1)
@@ -183,7 +213,7 @@ def _provenance(prepared: Prepared) -> dict[str, Any]:
             "paper": prepared.method.paper,
             "parameters": prepared.parameters,
             "statistics": prepared.scope,
-            "space": prepared.method.space,
+            "space": prepared.space,
         },
         "seed": recipe.seed,
         "versions": {name: version(name) for name in ("torch", "safetensors", "numpy")}
@@ -247,7 +277,7 @@ def file_hashes(source: Checkpoint) -> dict[str, str]:
 
 
 def _refuse_zero(prepared: Prepared, outcome: Outcome) -> None:
-    if prepared.method.space != "delta" or "zero_task" in prepared.recipe.allow:
+    if prepared.space != "delta" or "zero_task" in prepared.recipe.allow:
         return
     zero = [task.name for task, norm in zip(prepared.tasks, outcome.norms) if norm == 0]
     if zero:
@@ -292,7 +322,7 @@ def _findings(
     ]
     norms = dict(zip((task.name for task in prepared.tasks), outcome.norms))
     found: dict[str, Any] = {"inputs": inputs}
-    if prepared.method.space == "delta":
+    if prepared.space == "delta":
         found["norms"] = norms
         sizes = [norm for norm in norms.values() if norm > 0]
         if sizes and max(sizes) > 3 * min(sizes):

@@ -188,16 +188,18 @@ class _File:
         return os.pread(self._fd, count, offset)
 
     def read(self, place: _Place, start: int, stop: int) -> Tensor:
-        size = place.info.dtype.itemsize
-        raw = torch.empty((stop - start) * size, dtype=torch.uint8)
+        raw = torch.empty((stop - start) * place.info.dtype.itemsize, dtype=torch.uint8)
+        self.read_into(place, start, raw)
+        return raw.view(place.info.dtype)
+
+    def read_into(self, place: _Place, start: int, raw: Tensor) -> None:
         view = raw.numpy().data
-        offset, done = place.offset + start * size, 0
+        offset, done = place.offset + start * place.info.dtype.itemsize, 0
         while done < len(view):
             count = os.preadv(self._fd, [view[done:]], offset + done)
             if count == 0:
                 raise ChangedFileError(f"{self.path}: the file became shorter while it was read.")
             done += count
-        return raw.view(place.info.dtype)
 
     def ahead(self, place: _Place, start: int, stop: int) -> None:
         size = place.info.dtype.itemsize
@@ -387,6 +389,14 @@ class Checkpoint:
             return self._pickled[name].read_flat(name, start, stop)
         place = self._places[name]
         return place.file.read(place, start, stop)
+
+    def read_into(self, name: str, start: int, stop: int, into: Tensor) -> None:
+        """The same, into memory of the caller's (pinned, say): `into` is flat, of the stored dtype and the right length."""
+        self._info(name)
+        if name in self._pickled:
+            into.copy_(self._pickled[name].read_flat(name, start, stop))
+        else:
+            self._places[name].file.read_into(self._places[name], start, into.view(torch.uint8))
 
     def read_ahead(self, name: str, start: int, stop: int) -> None:
         """Tells the operating system that these elements are wanted soon."""

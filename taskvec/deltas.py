@@ -150,6 +150,12 @@ class StackDeltas:
         """Where the first stack lies."""
         return next(iter(self._flat.values())).device if self._flat else torch.device("cpu")
 
+    def only(self, name: str) -> "StackDeltas":
+        """One tensor of them, its memory shared."""
+        stack = self._flat[name].reshape(len(self.tasks), *self.infos[name].shape)
+        base = {name: self._base[name].reshape(self.infos[name].shape)} if self._base else None
+        return StackDeltas({name: stack}, self.tasks, self._weights, base)
+
     def on_gpu(self) -> list[tuple[str, Tensor, list[float]]] | None:
         """Name, stack [task, n] and task weights of each tensor, if all lie on one GPU in at most single precision."""
         found = []
@@ -224,6 +230,19 @@ class ModelDeltas:
     @property
     def numel(self) -> int:
         return sum(info.numel for info in self.infos.values())
+
+    def inputs(self) -> list[TensorSource]:
+        """The tasks' sources, in order."""
+        return [task.source for task in self._tasks]
+
+    def plain(self) -> bool:
+        """Whether every delta is a whole model less the base, and nothing else."""
+        whole = self.base is not None and self.space == "delta" and self._masks is None
+        return whole and not any(task.is_delta for task in self._tasks)
+
+    def weights_of(self, name: str, start: int, stop: int) -> Tensor:
+        """The task weights that hold for these elements."""
+        return self._weights(name, start, stop)
 
     def bytes_per_pass(self) -> int:
         """Bytes read from the inputs when every merged tensor is read once."""

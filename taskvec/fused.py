@@ -4,12 +4,14 @@ The engine asks here first. Plans say what their functions of tiles compute (`ta
 known, one launch reads every tensor of the model once, whatever their number, and nothing is written but what is
 asked for. Where it is not, or Triton is missing, the engine runs the functions themselves.
 
-Order statistics are exact: a stratified sample brackets each rank, one launch counts below and at the bracket's ends and
-keeps the few values inside, and a radix selection among those gives the statistic with its counts, verified by rank.
+Order statistics are exact: a stratified sample brackets each rank, one launch counts below and at the bracket's ends
+and keeps the few values inside; a radix selection among those gives the statistic with its counts, verified by rank.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -28,7 +30,7 @@ BUCKETS = 64  # lists per task, so that programs do not queue for one counter
 PAD = 32  # one counter per 128 bytes
 RUN = 4  # neighbouring elements of a sample: half a sector, and almost independent draws
 SAMPLE = 1 << 18
-LEAST = 1 << 20  # elements below which a merge is not worth fusing
+LEAST = 1 << 17  # elements below which a merge is not worth fusing; there statistics come from a sort
 MOST_TASKS = 32  # kernels are unrolled over tasks
 DIGIT = 2048  # bins of one radix digit
 
@@ -71,7 +73,6 @@ class _Group:
     even: int
     numel: int
     tables: dict[str, Tensor]
-    tilings: dict[int, "_Tiling"] = field(default_factory=dict)
 
     @property
     def align(self) -> int:
@@ -124,16 +125,15 @@ class Resident:
                 "sizes": sizes,
                 "prefix": np.append(0, np.cumsum(sizes)),
             }
-            tables = dict(
-                zip(
-                    parts,
-                    torch.from_numpy(np.concatenate(list(parts.values())))
-                    .to(self.device)
-                    .split([len(part) for part in parts.values()]),
-                )
-            )
             weights = np.array([list(entry.weights) for entry in members], np.float32)
-            tables["weights"] = torch.from_numpy(weights).to(self.device)
+            whole = np.concatenate([part.view(np.uint8) for part in (*parts.values(), weights.ravel())])
+            split = (
+                torch.from_numpy(whole)
+                .to(self.device)
+                .split([*(part.nbytes for part in parts.values()), weights.nbytes])
+            )
+            tables = {name: part.view(torch.int64) for name, part in zip(parts, split)}
+            tables["weights"] = split[-1].view(torch.float32)
             groups.append(_Group(members, stored, based, even, int(sizes.sum()), tables))
         return groups
 
@@ -141,20 +141,16 @@ class Resident:
         """Each group with its programs for this block size, and the number of all programs."""
         first, found = 0, []
         for group in self._groups:
-            if block not in group.tilings:
-                tiles = -(-np.array([entry.rows[0].numel() for entry in group.entries], np.int64) // block)
-                total = int(tiles.sum())
-                tensor = np.repeat(np.arange(len(tiles), dtype=np.int32), tiles)
-                start = (np.arange(total, dtype=np.int64) - np.repeat(np.cumsum(tiles) - tiles, tiles)) * block
-                group.tilings[block] = _Tiling(
-                    torch.from_numpy(tensor).to(self.device), torch.from_numpy(start).to(self.device), total, first
-                )
-            tiling = group.tilings[block]
+            sizes = tuple(entry.rows[0].numel() for entry in group.entries)
+            tiling = _Tiling(*_programs(sizes, block, self.device), first)
             found.append((group, tiling))
             first += tiling.tiles
         return found, first
 
-    # -- order statistics ------------------------------------------------------------------------------------------------
+    # -- order statistics ----------------------------------------------------------------------------------------------
+
+    def _here(self) -> AbstractContextManager[Any]:
+        return _on(self.device)
 
     def order_statistics(self, of: Formula, ranks: Sequence[Sequence[int]]) -> list[list[OrderStatistic]] | None:
         """The statistics of each row's ranks; None where this formula is not known here or a bracket missed twice."""
@@ -162,10 +158,11 @@ class Resident:
             return None
         kind = _STATISTICS[of.name]
         numbers = self._pcb_numbers(of.numbers) if kind == kernels.PCB_SCORE else self._no_numbers()
-        for margin in (8.4, 40.0):
-            found = self._selected(kind, numbers, ranks, margin)
-            if found is not None:
-                return found
+        with self._here():
+            for margin in (8.4, 40.0):  # standard errors of independent draws; neighbours in a run are nearly so
+                found = self._selected(kind, numbers, ranks, margin)
+                if found is not None:
+                    return found
         return None
 
     def _selected(
@@ -271,7 +268,7 @@ class Resident:
         }
 
     def _no_numbers(self) -> Tensor:
-        return torch.zeros(1, dtype=torch.float32, device=self.device)
+        return self._groups[0].tables["weights"]  # any table: it is not read
 
     def _pcb_numbers(self, numbers: Mapping[str, Any]) -> Tensor:
         table = np.zeros((self.tasks, 8), np.float32)
@@ -283,7 +280,7 @@ class Resident:
                 table[task, 4:7] = cut, top - cut, _inverse(top - cut) if keeps else 0.0
         return torch.from_numpy(table).to(self.device)
 
-    # -- the merge -------------------------------------------------------------------------------------------------------
+    # -- the merge -----------------------------------------------------------------------------------------------------
 
     def merge(self, formula: Formula, outs: Mapping[str, Tensor], scale: float = 1.0, onto_base: bool = False) -> bool:
         """Writes the merged tensors; False where this formula is not known here.
@@ -315,13 +312,14 @@ class Resident:
             types = self._types(group)
             if any(int(place) % 16 for place in places):
                 types["ALIGN"] = 1
-            kernels.merge_kernel[(tiling.tiles,)](
-                t["rows"], t["bases"], t["sizes"], places.to(self.device), t["weights"], tiling.tensor, tiling.start,
-                numbers, float(scale), squares, tiling.first, tiles,
-                TASKS=self.tasks, KIND=kind, **types, OUT=_TYPES[out], ONTO_BASE=onto_base,
-                NORMALIZE=bool(formula.numbers.get("normalize", False)), EXAMINE=examine, BLOCK_=MERGE_BLOCK,
-                num_warps=MERGE_WARPS, enable_fp_fusion=False,
-            )  # fmt: skip
+            with self._here():
+                kernels.merge_kernel[(tiling.tiles,)](
+                    t["rows"], t["bases"], t["sizes"], places.to(self.device), t["weights"], tiling.tensor,
+                    tiling.start, numbers, float(scale), squares, tiling.first, tiles,
+                    TASKS=self.tasks, KIND=kind, **types, OUT=_TYPES[out], ONTO_BASE=onto_base,
+                    NORMALIZE=bool(formula.numbers.get("normalize", False)), EXAMINE=examine, BLOCK_=MERGE_BLOCK,
+                    num_warps=MERGE_WARPS, enable_fp_fusion=False,
+                )  # fmt: skip
         if examine:
             self.squares = squares.sum(1, dtype=torch.float64).tolist()
         return True
@@ -339,12 +337,13 @@ class Resident:
         cursor = torch.zeros(1, dtype=torch.int64, device=self.device)
         for group, tiling in tilings:
             t = group.tables
-            kernels.pack_kernel[(tiling.tiles,)](
-                t["rows"], t["bases"], t["sizes"], tiling.tensor, tiling.start, numbers, cursor, masks, places, values,
-                tiling.first,
-                TASKS=self.tasks, **self._types(group), BLOCK_=MERGE_BLOCK, num_warps=MERGE_WARPS,
-                enable_fp_fusion=False,
-            )  # fmt: skip
+            with self._here():
+                kernels.pack_kernel[(tiling.tiles,)](
+                    t["rows"], t["bases"], t["sizes"], tiling.tensor, tiling.start, numbers, cursor, masks, places,
+                    values, tiling.first,
+                    TASKS=self.tasks, **self._types(group), BLOCK_=MERGE_BLOCK, num_warps=MERGE_WARPS,
+                    enable_fp_fusion=False,
+                )  # fmt: skip
         return Packed(self, masks, places, values)
 
 
@@ -363,12 +362,28 @@ class Packed:
         factors = torch.tensor(list(weights), dtype=torch.float32).to(self._masks.device)
         for names, sizes, tiling, even in self._layout:
             places = torch.tensor([outs[name].data_ptr() for name in names], dtype=torch.int64)
-            kernels.unpack_kernel[(tiling.tiles,)](
-                sizes, places.to(self._masks.device), factors, tiling.tensor, tiling.start, self._masks, self._places,
-                self._values, tiling.first,
-                TASKS=self.tasks, ALIGN=16 if all(int(p) % 16 == 0 for p in places) else 1, EVEN=even,
-                BLOCK_=MERGE_BLOCK, num_warps=MERGE_WARPS, enable_fp_fusion=False,
-            )  # fmt: skip
+            with _on(self._masks.device):
+                kernels.unpack_kernel[(tiling.tiles,)](
+                    sizes, places.to(self._masks.device), factors, tiling.tensor, tiling.start, self._masks,
+                    self._places, self._values, tiling.first,
+                    TASKS=self.tasks, ALIGN=16 if all(int(p) % 16 == 0 for p in places) else 1, EVEN=even,
+                    BLOCK_=MERGE_BLOCK, num_warps=MERGE_WARPS, enable_fp_fusion=False,
+                )  # fmt: skip
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Launches go to the deltas' own device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@lru_cache(maxsize=16)  # a search merges the same tensors again and again
+def _programs(sizes: tuple[int, ...], block: int, device: torch.device) -> tuple[Tensor, Tensor, int]:
+    """For each program of a launch the number of its tensor and its first element; and how many programs there are."""
+    tiles = -(-np.array(sizes, np.int64) // block)
+    total = int(tiles.sum())
+    tensor = np.repeat(np.arange(len(tiles), dtype=np.int32), tiles)
+    start = (np.arange(total, dtype=np.int64) - np.repeat(np.cumsum(tiles) - tiles, tiles)) * block
+    return torch.from_numpy(tensor).to(device), torch.from_numpy(start).to(device), total
 
 
 def _inverse(value: float) -> float:

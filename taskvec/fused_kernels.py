@@ -391,9 +391,9 @@ def digit_kernel(
     shelf = place // RANKS * BUCKETS_ + tl.program_id(1)
     kept = tl.minimum(tl.load(held + shelf * PAD_), capacity)
     begin = tl.program_id(2) * STEP
-    if begin < kept:
+    width = tl.load(state + place * 7 + 1)
+    if (begin < kept) & (width > 0):
         origin = tl.load(state + place * 7)
-        width = tl.load(state + place * 7 + 1)
         low = tl.load(state + place * 7 + 5)
         high = tl.load(state + place * 7 + 6)
         shift = tl.maximum(width - BITS, 0)
@@ -418,28 +418,29 @@ def pick_kernel(
 ):
     """Finds the bin that holds the wanted rank, narrows the state to it and clears the bins."""
     place = tl.program_id(0)
-    index = tl.arange(0, DIGIT_)
-    number = tl.load(bins + place * DIGIT_ + index).to(tl.int64)
-    tl.store(bins + place * DIGIT_ + index, tl.zeros([DIGIT_], dtype=tl.int32))
-    rank = tl.load(state + place * 7 + 2)
-    if FIRST:
-        inside = tl.sum(number)
-        high_tail = (KINDS >> (2 * tl.load(bracket_of + place % RANKS))) & 3 == _HIGH
-        tl.store(counts + place * 5 + 2, inside)
-        below = tl.load(counts + place * 5)
-        tl.store(counts + place * 5, tl.where(high_tail, below - inside, below))
-        rank += tl.where(high_tail, inside, 0)
-    upto = tl.cumsum(number, 0)
-    digit = tl.sum((upto <= rank).to(tl.int64))
-    before = tl.sum(tl.where(index < digit, number, 0))
-    equal = tl.sum(tl.where(index == digit, number, 0))
     width = tl.load(state + place * 7 + 1)
-    shift = tl.maximum(width - BITS, 0)
-    tl.store(state + place * 7, tl.load(state + place * 7) + (digit << shift))
-    tl.store(state + place * 7 + 1, shift)
-    tl.store(state + place * 7 + 2, rank - before)
-    tl.store(state + place * 7 + 3, tl.load(state + place * 7 + 3) + before)
-    tl.store(state + place * 7 + 4, equal)
+    if width > 0:  # else it is one number already
+        index = tl.arange(0, DIGIT_)
+        number = tl.load(bins + place * DIGIT_ + index).to(tl.int64)
+        tl.store(bins + place * DIGIT_ + index, tl.zeros([DIGIT_], dtype=tl.int32))
+        rank = tl.load(state + place * 7 + 2)
+        if FIRST:
+            inside = tl.sum(number)
+            high_tail = (KINDS >> (2 * tl.load(bracket_of + place % RANKS))) & 3 == _HIGH
+            tl.store(counts + place * 5 + 2, inside)
+            below = tl.load(counts + place * 5)
+            tl.store(counts + place * 5, tl.where(high_tail, below - inside, below))
+            rank += tl.where(high_tail, inside, 0)
+        upto = tl.cumsum(number, 0)
+        digit = tl.sum((upto <= rank).to(tl.int64))
+        before = tl.sum(tl.where(index < digit, number, 0))
+        equal = tl.sum(tl.where(index == digit, number, 0))
+        shift = tl.maximum(width - BITS, 0)
+        tl.store(state + place * 7, tl.load(state + place * 7) + (digit << shift))
+        tl.store(state + place * 7 + 1, shift)
+        tl.store(state + place * 7 + 2, rank - before)
+        tl.store(state + place * 7 + 3, tl.load(state + place * 7 + 3) + before)
+        tl.store(state + place * 7 + 4, equal)
 
 
 # -- merging -----------------------------------------------------------------------------------------------------------

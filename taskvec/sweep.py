@@ -29,7 +29,6 @@ from taskvec.source import TensorSource
 TILE = 1 << 17  # elements a task: 0.5 MiB in float32, so that a stack of a few tasks stays in a 2 MiB cache
 TILE_RESIDENT = 1 << 24  # on a GPU launches cost more than cache misses
 SAMPLE_BLOCK = 256
-SLOT = 8 << 20  # bytes that a worker brings from a GPU at once
 
 Role = Literal["preprocess", "combine", "postprocess"]
 Unit = Literal["element", "tensor"]
@@ -185,6 +184,8 @@ class _Sweep:
         self._kept: dict[tuple[str, int], Tile] = {}
         tile_bytes = self.tile * 4 * (4 * len(deltas.tasks) + 4) * self.workers
         self._keep_budget = 0 if self.resident else max(0, memory - tile_bytes) // 2
+        if options.device != "cpu" and not self.resident:  # kept tiles lie on the GPU
+            self._keep_budget = min(self._keep_budget, torch.cuda.mem_get_info(torch.device(options.device))[0] // 2)
         self._gate = _Gate(max(memory - self._keep_budget, 1))
         self._lock = threading.Lock()
         self._read_once = False
@@ -265,7 +266,7 @@ class _Sweep:
             small = _TensorSweep(self, name, keep=fits)
             small.run()
 
-    # -- on a GPU --------------------------------------------------------------------------------------------------------
+    # -- on a GPU ------------------------------------------------------------------------------------------------------
 
     def _upload(self) -> None:
         """Keeps the inputs on the GPU while the merge lasts, where they fit; else tiles go there one by one."""
@@ -287,7 +288,7 @@ class _Sweep:
         self._parallel(self._items(), item, "reading")
         there.settle()
         self.deltas, self.resident, self._uploaded = there, True, there
-        self._fused = _uploaded_on_gpu(there)
+        self._fused, self._keep_budget = _uploaded_on_gpu(there), 0
         self.readers, self.workers = self.workers, 1
 
     def _selected_fused(self, request: Selection) -> Any:
@@ -307,7 +308,7 @@ class _Sweep:
         if isinstance(self.sink, Into):
             done = self._fused.merge(told, self.sink.places, self.sink.scale * told.numbers.get("scale", 1.0))
         elif self._uploaded is not None:
-            done = self._merged_onto_base(told)
+            return self._merged_onto_base(told)
         else:
             take = getattr(self.sink, "take_packed", None)
             parts = None if take is None else self._fused.packed(told)
@@ -338,7 +339,7 @@ class _Sweep:
             if bad:
                 raise NonFiniteError(name, f"the result of {self.stages[-1].name}", bad)
         torch.cuda.synchronize(there.device)
-        size = SLOT // 4
+        size = there.piece
         items = [
             (name, start, min(start + size, info.numel))
             for name, info in there.infos.items()
@@ -367,7 +368,7 @@ class _Sweep:
             for tile in self._tiles(*item, first=True):
                 del tile
 
-    # -- passes ----------------------------------------------------------------------------------------------------------
+    # -- passes --------------------------------------------------------------------------------------------------------
 
     def _items(self) -> list[tuple[str, int, int]]:
         if self.whole:
@@ -537,7 +538,7 @@ class _Sweep:
             else _moved(tile, self.options.device)
         )
 
-    # -- threads ---------------------------------------------------------------------------------------------------------
+    # -- threads -------------------------------------------------------------------------------------------------------
 
     def _parallel(self, items: list[tuple[str, int, int]], work: Callable[[str, int, int], None], label: str) -> None:
         total = sum(stop - start for _, start, stop in items)
@@ -585,7 +586,9 @@ class _TensorSweep(_Sweep):
 
     def __init__(self, outer: _Sweep, name: str, *, keep: bool):
         options = Options(memory=1 << 62 if keep else 0, workers=1, device=outer.options.device, tile=outer.tile)
-        super().__init__(OneTensor(outer.deltas, name), outer.stages, outer.sink, "model", options, outer.skip)
+        on_gpu = isinstance(outer.deltas, StackDeltas) and outer.deltas.device.type == "cuda"
+        deltas = outer.deltas.only(name) if on_gpu else OneTensor(outer.deltas, name)  # type: ignore[attr-defined]
+        super().__init__(deltas, outer.stages, outer.sink, "model", options, outer.skip)
         self.outer, self.name, self.resident = outer, name, outer.resident
         self._keep_budget = 0 if outer.resident or not keep else 1 << 62
         self._stop, self._digests = outer._stop, outer._digests
@@ -593,7 +596,8 @@ class _TensorSweep(_Sweep):
     def run(self) -> Outcome:
         for stage in self.stages:
             self._chain.append((stage, self._plan(stage)))
-        self._pass(self._finish_tile, "merging")
+        if not self._merged_fused():
+            self._pass(self._finish_tile, "merging")
         self._late_reports()
         with self.outer._lock:
             for task, total in enumerate(self._squares):

@@ -1,0 +1,194 @@
+"""Merging on a GPU: our methods beside the authors' forms and beside PyTorch one-liners, with the card's own limits.
+
+    python examples/benchmarks/gpu.py [--json FILE] [--numel 88000000 300000000] [--tasks 8] [--repeats 7]
+
+One command: it draws the task vectors, checks that fast and plain ways agree, then times them, in turns, from call to
+finished result (wall clock, device idle before and after). Medians, ratios, and the highest memory in use. The floor is
+measured in the same run: the bandwidth of a large copy on the card.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merging import merge_stacks
+
+CLIP, DENSITY = 1e-4, 0.1
+
+
+def reference_pcb(vectors: Tensor, density: float = DENSITY) -> Tensor:
+    """PCB as its authors write it: whole matrices, two full sorts (written anew from the published steps)."""
+
+    def clamped(values: Tensor, low: float, high: float) -> Tensor:
+        width = values.shape[1]
+        ordered, _ = values.sort(dim=1)
+        least = ordered[:, int(width * low)].unsqueeze(1)
+        most = ordered[:, int(width * (1 - high) - 1)].unsqueeze(1)
+        return torch.clamp(values, least, most)
+
+    def normalised(values: Tensor) -> Tensor:
+        least, most = values.min(dim=1, keepdim=True).values, values.max(dim=1, keepdim=True).values
+        return (values - least) / (most - least)
+
+    stack = vectors.clone()
+    sizes = clamped(stack.abs(), CLIP, CLIP)
+    clipped = stack.sign() * sizes
+    within = torch.exp(len(stack) * normalised(sizes) ** 2)
+    among = torch.tanh(stack * stack.sum(dim=0))
+    weights = normalised(clamped(within * among, 1 - density, 0))
+    return (clipped * weights).sum(dim=0) / weights.sum(dim=0).clamp(min=1e-12)
+
+
+def plain_ties(vectors: Tensor, density: float = 0.2) -> Tensor:
+    """Global TIES in a few lines of PyTorch."""
+    width = vectors.shape[1]
+    rank = width - max(1, int(density * width))
+    trimmed = torch.stack([row * (row.abs() >= row.abs().kthvalue(rank + 1).values) for row in vectors])
+    sign = torch.where(trimmed.sum(0) >= 0, 1.0, -1.0)
+    agree = trimmed * sign > 0
+    return (trimmed * agree).sum(0) / agree.sum(0).clamp(min=1)
+
+
+def task_vectors(tasks: int, numel: int, seed: int = 0) -> Tensor:
+    """Heavy-tailed task vectors that share a little, drawn on the card."""
+    draw = torch.Generator("cuda").manual_seed(seed)
+    stack = torch.empty(tasks, numel, device="cuda")
+    common = torch.randn(numel, device="cuda", generator=draw)
+    for row in stack:
+        scale = torch.randn(numel // 1000 + 1, device="cuda", generator=draw).mul_(0.7).exp_()
+        row.normal_(generator=draw).add_(common, alpha=0.3).mul_(1e-3)
+        row.mul_(scale.repeat_interleave(1000)[:numel])
+    return stack
+
+
+def timed(run: Callable[[], Any]) -> tuple[float, int]:
+    """Milliseconds from call to finished result, and the bytes in use at the peak beyond what was there before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    start = time.perf_counter()
+    result = run()
+    torch.cuda.synchronize()
+    spent = (time.perf_counter() - start) * 1000
+    del result
+    return spent, torch.cuda.max_memory_allocated() - before
+
+
+def medians(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, float]]:
+    """All runs in turns, A B A B; one round before to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    peaks: dict[str, int] = {}
+    for turn in range(repeats + 1):
+        for name, run in runs.items():
+            try:
+                spent, peak = timed(run)
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                continue
+            peaks[name] = peak
+            if turn:
+                times[name].append(spent)
+    return {
+        name: {"ms": round(statistics.median(t), 3), "least": round(min(t), 3), "peak_bytes": peaks[name]}
+        for name, t in times.items()
+        if t
+    }
+
+
+def bandwidth(numel: int = 1 << 29) -> float:
+    """Bytes read and written per second by a large copy."""
+    source, target = torch.randn(numel, device="cuda"), torch.empty(numel, device="cuda")
+    spent = medians({"copy": lambda: target.copy_(source)}, 9)["copy"]["ms"]
+    return 2 * source.nbytes / spent * 1000
+
+
+def agreement(fast: Tensor, plain: Tensor) -> dict[str, float]:
+    """How two merges differ: entries kept by one alone, and the largest difference among those kept by both."""
+    both = (fast != 0) & (plain != 0)
+    alone = int(((fast != 0) != (plain != 0)).sum())
+    return {
+        "kept by one alone": alone,
+        "largest difference": float((fast - plain)[both].abs().max() / plain.abs().max()),
+    }
+
+
+def report(tasks: int, numel: int, repeats: int, reference: bool) -> dict[str, Any]:
+    vectors = task_vectors(tasks, numel)
+    stacks = {"w": vectors}
+    found: dict[str, Any] = {"tasks": tasks, "numel": numel, "input_bytes": vectors.nbytes}
+    fast = merge_stacks("pcb", stacks, density=DENSITY)["w"]
+    if reference:
+        found["pcb against the authors' form"] = agreement(fast, reference_pcb(vectors))
+        torch.cuda.empty_cache()
+    ties = merge_stacks("ties", stacks, density=0.2)["w"]
+    found["ties against plain"] = agreement(ties, plain_ties(vectors))
+    found["sum against plain"] = float((merge_stacks("task_arithmetic", stacks)["w"] - vectors.sum(0)).abs().max())
+    parts = merge_stacks("pcb", stacks, density=DENSITY, contributions=True)
+    found["parts against whole"] = (
+        float((parts.merged() - fast).abs().max())
+        if isinstance(parts, Tensor)
+        else float((parts.merged()["w"] - fast).abs().max())
+    )
+    del fast, ties
+    torch.cuda.empty_cache()
+    runs: dict[str, Callable[[], Any]] = {
+        "task_arithmetic": lambda: merge_stacks("task_arithmetic", stacks),
+        "task_arithmetic, torch sum": lambda: vectors.sum(0),
+        "ties": lambda: merge_stacks("ties", stacks, density=0.2),
+        "pcb": lambda: merge_stacks("pcb", stacks, density=DENSITY),
+        "pcb, one more trial": lambda: parts.merged([1.1] * tasks),
+        "pcb with contributions": lambda: merge_stacks("pcb", stacks, density=DENSITY, contributions=True),
+    }
+    if reference:
+        runs["ties, torch"] = lambda: plain_ties(vectors)
+        runs["pcb, authors' form"] = lambda: reference_pcb(vectors)
+    found["runs"] = medians(runs, repeats)
+    for run in found["runs"].values():
+        run["peak, times the input"] = round(1 + run["peak_bytes"] / vectors.nbytes, 3)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--numel", type=int, nargs="+", default=[88_000_000, 300_000_000])
+    parser.add_argument("--tasks", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=7)
+    arguments = parser.parse_args()
+    copy = bandwidth()
+    result: dict[str, Any] = {
+        "card": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "copy_bytes_per_s": copy,
+    }
+    print(f"{result['card']}: a copy moves {copy / 1e12:.2f} TB/s, read and written")
+    result["merges"] = []
+    for numel in arguments.numel:
+        found = report(arguments.tasks, numel, arguments.repeats, reference=numel <= 100_000_000)
+        result["merges"].append(found)
+        passes = {"task_arithmetic": 1, "ties": 2, "pcb": 3}
+        print(
+            f"\n{arguments.tasks} task vectors of {numel / 1e6:.0f} M float32, {found['input_bytes'] / 2**30:.2f} GiB"
+        )
+        for check in [key for key in found if "against" in key]:
+            print(f"  {check}: {found[check]}")
+        for name, run in found["runs"].items():
+            floor = ""
+            if name in passes:
+                least = (passes[name] * found["input_bytes"] + numel * 4) / copy * 1000
+                run["floor_ms"] = round(least, 3)
+                floor = f"  {run['ms'] / least:5.2f}x the floor of {least:.2f} ms"
+            print(f"  {name:28s} {run['ms']:9.3f} ms  peak {run['peak, times the input']:5.2f}x{floor}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
