@@ -307,7 +307,7 @@ class _Site:
 
 # per-expert matrices on disk that transformers fuses into one parameter; PEFT fuses an adapter's in the same way
 _EXPERT = re.compile(r"\.experts\.\d+\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$")
-_FUSED = ({"gate_proj", "up_proj"}, {"w1", "w3"}, {"down_proj"}, {"w2"})
+_SPELLINGS = ({"gate_proj", "up_proj", "down_proj"}, {"w1", "w3", "w2"})
 
 
 class _Live:
@@ -345,15 +345,15 @@ class _Live:
         except (ValueError, TypeError, KeyError, AttributeError, ImportError, OSError):
             return None  # a configuration of another version, or of code that is not run here: names have to do
 
-    def peft_fuses_experts(self) -> bool:
-        """Whether the installed PEFT turns per-expert factors of this model into those of its fused parameters."""
+    def fused_by_peft(self) -> set[str]:
+        """Last parts of names that PEFT takes for per-expert matrices of this model and fuses, if it does."""
         try:
             from peft.utils import transformers_weight_conversion as conversion
         except ImportError:
-            return False
-        kind = getattr(self.model, "config", None)
-        family = getattr(conversion, "_MODEL_TO_CONVERSION_PATTERN", {}).get(getattr(kind, "model_type", None))
-        return bool(getattr(conversion, "_MOE_TARGET_MODULE_MAPPING", {}).get(family))
+            return set()
+        kind = getattr(getattr(self.model, "config", None), "model_type", None)
+        family = getattr(conversion, "_MODEL_TO_CONVERSION_PATTERN", {}).get(kind)
+        return set(getattr(conversion, "_MOE_TARGET_MODULE_MAPPING", {}).get(family, ()))
 
     def path(self, name: str) -> str | None:
         """The live path of a tensor, or None where the live model has no such tensor (fused experts)."""
@@ -365,7 +365,8 @@ class _Live:
         """The modules that use this tensor: one, or two where a head is tied to its embedding."""
         path = self.path(name)
         if path is None:
-            fused = _EXPERT.search(name) is not None and self.peft_fuses_experts()
+            found = _EXPERT.search(name)
+            fused = found is not None and found.group(1) in self.fused_by_peft()
             return [_Site(name.rpartition(".")[0], "expert" if fused else "other")]
         module, _, parameter = path.rpartition(".")
         if self.model is None:
@@ -586,18 +587,21 @@ class AdapterWriter:
         return list(modules), bias
 
     def _add_experts(self) -> list[str]:
-        """Stores the experts' factors, all of one rank and with those of zero between, as PEFT needs them to fuse them."""
-        if not self._experts:
-            return []
-        changed = {leaf for name in self._experts for leaf in _EXPERT.findall(name)}
-        leaves = sorted(set().union(*(group for group in _FUSED if group & changed)))
-        alike = [module for module in self._ranks if module.rpartition(".")[2] in leaves]
+        """Stores the experts' factors, all of one rank and zeros where nothing changed, as PEFT fuses them."""
+        taken = self.live.fused_by_peft()
+        alike = [module for module in self._ranks if module.rpartition(".")[2] in taken]
         if alike:
             raise MismatchError(
                 sorted(alike),
-                title="These modules are named as experts are, and PEFT would take them for such. Leave them or the experts "
-                "out with skip, or write a checkpoint instead",
+                title="PEFT would take these modules for experts, by their names. Leave them out with skip, or write a "
+                "checkpoint instead",
             )
+        if not self._experts:
+            return []
+        changed = {leaf for name in self._experts for leaf in _EXPERT.findall(name)}
+        # PEFT 0.21 loads the experts' last matrix alone, but not their first two without the last
+        alone = changed <= {"w2"} or changed <= {"down_proj"}
+        leaves = sorted(changed if alone else set().union(*(names for names in _SPELLINGS if names & changed)))
         rank = max(product.rank for product in self._experts.values())
         for name, info in self.base.infos.items():
             found = _EXPERT.search(name)

@@ -210,14 +210,73 @@ def test_names_on_disk_without_their_prefix_become_live_paths(gpt2, tokens, tmp_
     loads(gpt2, tmp_path / "out", TaskVector.between(in_memory(gpt2), in_memory(tuned)), tokens)
 
 
-def test_experts_that_the_live_model_fuses_are_refused_by_name(mixtral, tmp_path):
+@pytest.mark.parametrize("parts", [["w2"], ["w1", "q_proj"]], ids=["down", "gate and attention"])
+def test_experts_that_the_live_model_fuses(mixtral, tokens, tmp_path, parts, logits):
+    # on disk there is one matrix for each expert; PEFT fuses their factors when it loads them
+    from safetensors.torch import save_file
+    from transformers import MixtralForCausalLM
+
     mixtral.save_pretrained(tmp_path / "base")
-    noisy(mixtral, ["down_proj"]).save_pretrained(tmp_path / "tuned")
-    base, moved = Checkpoint.open(tmp_path / "base"), Checkpoint.open(tmp_path / "tuned")
-    with pytest.raises(MismatchError, match=r"experts\.0\.w2\.weight"):
-        extract_lora(base, moved, tmp_path / "out", rank="rank=2")
-    with pytest.raises(MismatchError, match="belong to no module that PEFT could save whole"):
-        extract_lora(base, moved, tmp_path / "out", rank="rank=2", other="save")
+    base = Checkpoint.open(tmp_path / "base")
+    tensors = {name: base.read(name).clone() for name in base.infos}
+    generator = torch.Generator().manual_seed(0)
+    for name in tensors:
+        # ranks differ, and one expert does not change
+        if any(f"{part}.weight" in name for part in parts) and "experts.1" not in name:
+            rank = 1 if "experts.2" in name else 2
+            rows, columns = tensors[name].shape
+            tensors[name] += (
+                0.3 * torch.randn(rows, rank, generator=generator) @ torch.randn(rank, columns, generator=generator)
+            )
+    (tmp_path / "tuned").mkdir()
+    save_file(tensors, tmp_path / "tuned" / "model.safetensors", {"format": "pt"})
+    mixtral.config.save_pretrained(tmp_path / "tuned")
+    report = extract_lora(base, Checkpoint.open(tmp_path / "tuned"), tmp_path / "out", rank="energy=0.9999999")
+    assert {kept.rank for kept in report.kept} == {1, 2}
+    tuned = MixtralForCausalLM.from_pretrained(tmp_path / "tuned")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        live = PeftModel.from_pretrained(MixtralForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "out")
+    expected = logits(tuned, tokens)
+    assert (expected - logits(mixtral, tokens)).abs().max() > 0.1
+    torch.testing.assert_close(logits(live, tokens), expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
+
+
+def test_modules_that_are_named_as_experts_are(tmp_path):
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    torch.manual_seed(0)
+    widths = {
+        "vocab_size": 31,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "moe_intermediate_size": 8,
+        "kv_lora_rank": 4,
+    }
+    heads = {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4,
+        "v_head_dim": 4,
+    }
+    experts = {
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 1,
+        "first_k_dense_replace": 1,
+    }
+    config = DeepseekV3Config(**widths, **heads, **experts, num_hidden_layers=2, q_lora_rank=None)
+    model = DeepseekV3ForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+    noisy(model, ["down_proj"]).save_pretrained(tmp_path / "tuned")
+    base, tuned = Checkpoint.open(tmp_path / "base"), Checkpoint.open(tmp_path / "tuned")
+    with pytest.raises(MismatchError, match="PEFT would take these modules for experts") as error:
+        extract_lora(base, tuned, tmp_path / "out", rank=2)
+    assert error.value.problems == ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.shared_experts.down_proj")
+    report = extract_lora(base, tuned, tmp_path / "out", rank=2, only=["*.experts.*"])
+    assert len(report.kept) == 4
 
 
 def test_only_and_skip_choose_by_pattern(llama, tmp_path):
