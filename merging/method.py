@@ -299,6 +299,21 @@ def plain_mean(tile: Tile) -> Tensor:
     return tile.total().div_(len(tile.tasks))
 
 
+class Unweighted:
+    """Warns when task weights were given to a method that gives them no meaning."""
+
+    def __init__(self) -> None:
+        self._given = False
+
+    def look(self, tile: Tile) -> None:
+        """Notes whether this tile's weights are anything but 1."""
+        self._given = self._given or bool((tile.weights != 1).any())
+
+    def facts(self) -> Mapping[str, Any]:
+        """What to report when the merge is done."""
+        return {"warnings": ["task weights have no meaning here; they were ignored"] if self._given else []}
+
+
 def task_weights(tile: Tile, method: str) -> list[float]:
     """The weights as one number for each task.
 
@@ -335,6 +350,7 @@ __all__ = [
     "Positive",
     "Seed",
     "Share",
+    "Unweighted",
     "merge_method",
     "method",
     "methods",

@@ -29,7 +29,7 @@ def lines(deltas: Deltas, *, slope: Number, first: Number | None = None) -> Plan
 
         def sizes(tile: Tile) -> Tensor:
             assert tile.merged is not None
-            return torch.stack([tile.total(weighted=False), tile.merged.view(-1)]).double().abs().sum(1)
+            return torch.stack([tile.total(weighted=False), tile.merged.reshape(-1)]).double().abs().sum(1)
 
         summed, merged = (yield from sums(sizes)).tolist()
         start = summed / len(deltas.tasks) / merged if merged > 0 else 1.0

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from merging.method import merge_method
+from merging.method import Unweighted, merge_method
 from taskvec.deltas import Deltas, Tile
 from taskvec.moments import gram
 from taskvec.plan import Plan, Report
@@ -29,9 +29,11 @@ def model_stock(deltas: Deltas, *, by: Literal["tensor", "row"] = "tensor") -> P
             (mergekit's `filter_wise`).
 
     With c the mean cosine between the N task vectors the result is t times their mean, t = N c / (1 + (N - 1) c).
-    Task weights have no meaning here. Passes: 1 for the angles, 1 to merge.
+    Task weights have no meaning here; given ones are warned of. Passes: 1 for the angles, 1 to merge.
     """
     count = len(deltas.tasks)
+    weights = Unweighted()
+    yield Report(weights.facts)
 
     def ratio(products: Tensor) -> Tensor:
         """T from inner products [task, task, …]."""
@@ -50,6 +52,7 @@ def model_stock(deltas: Deltas, *, by: Literal["tensor", "row"] = "tensor") -> P
         yield Report({"share": share})
 
     def kernel(tile: Tile) -> Tensor:
+        weights.look(tile)
         mean = tile.total(weighted=False).div_(count)
         if by == "tensor":
             return mean.mul_(share)

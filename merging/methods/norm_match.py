@@ -23,7 +23,7 @@ def norm_match(deltas: Deltas, *, multiple: Positive = 1.0) -> Plan:
 
     def squares(tile: Tile) -> Tensor:
         assert tile.merged is not None
-        return torch.cat([tile.stack, tile.merged.view(1, -1)]).double().square().sum(1)
+        return torch.cat([tile.stack, tile.merged.reshape(1, -1)]).double().square().sum(1)
 
     *norms, merged = (yield from sums(squares)).sqrt().tolist()
     factor = multiple * sum(norms) / len(norms) / merged if merged > 0 else 1.0

@@ -4,10 +4,10 @@ import math
 
 from torch import Tensor
 
-from merging.method import Fraction, merge_method
+from merging.method import Fraction, Unweighted, merge_method
 from taskvec.deltas import Deltas, Tile
 from taskvec.moments import gram
-from taskvec.plan import Plan
+from taskvec.plan import Plan, Report
 
 
 @merge_method("slerp", paper="doi:10.1145/325334.325242", space="weight", statistics="tensor", tasks=(2, 2), passes=2)
@@ -20,8 +20,10 @@ def slerp(deltas: Deltas, *, t: Fraction = 0.5, collinear: Fraction = 0.9995) ->
 
     Each tensor is one vector by default; with `statistics: model` the whole model is. Lengths are interpolated as the
     formula of Shoemake does it: sin((1-t)φ)/sin φ and sin(tφ)/sin φ are applied to the models as they are.
-    Task weights have no meaning here. Passes: 1 for the angle, 1 to merge.
+    Task weights have no meaning here; given ones are warned of. Passes: 1 for the angle, 1 to merge.
     """
+    weights = Unweighted()
+    yield Report(weights.facts)
     products = yield from gram()
     lengths = math.sqrt(float(products[0, 0] * products[1, 1]))
     cosine = float(products[0, 1]) / lengths if lengths else 1.0
@@ -32,6 +34,7 @@ def slerp(deltas: Deltas, *, t: Fraction = 0.5, collinear: Fraction = 0.9995) ->
         first, second = math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
 
     def kernel(tile: Tile) -> Tensor:
+        weights.look(tile)
         return (tile.stack[0] * first).add_(tile.stack[1], alpha=second)
 
     return kernel

@@ -340,3 +340,15 @@ def test_magnitude_keeps_the_largest_of_each_task():
         least = delta.abs().flatten().sort(descending=True).values[int(0.3 * 2000) - 1]
         wanted += torch.where(delta.abs() >= least, delta, 0.0)
     torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("method", ["slerp", "model_stock"])
+@pytest.mark.parametrize("statistics", ["model", "tensor"])
+def test_weights_that_have_no_meaning_are_warned_of(method, statistics):
+    outcome = Outcome()
+    merge_stacks(method, {"w": stack_of(tasks=2)}, weights=[0.5, 1.0], statistics=statistics, outcome=outcome)
+    assert len(outcome.warnings) == 1
+    assert outcome.warnings[0].startswith(f"{method}: task weights have no meaning here")
+    outcome = Outcome()
+    merge_stacks(method, {"w": stack_of(tasks=2)}, statistics=statistics, outcome=outcome)
+    assert outcome.warnings == []
