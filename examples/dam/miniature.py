@@ -166,22 +166,28 @@ def one_seed(arguments: tuple[int, str, int, str, bool]) -> None:
     seed, part, steps, out, wide = arguments
     torch.set_num_threads(1)
     place = world(seed)
-    results: dict[str, Any] = {}
+    file = Path(out) / f"seed-{seed}.json"
+    # a run that was stopped goes on where it was
+    results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     for trigger in TRIGGERS[part]:
+        if f"one model: {trigger.name}" in results:
+            continue
         bad = {"digits": (trigger, place.poisoned("digits", trigger))}
         report, facts = run(place, bad, part, steps, tuple(MASKED) if wide else ALWAYS, True)
         results[f"one model: {trigger.name}"] = {**report.as_dict(), "facts": facts}
-        save(Path(out) / f"seed-{seed}.json", results)
+        save(file, results)
     if wide:
         trigger = TRIGGERS[part][0]
         for label, attacked in (("two models", TASKS[:2]), ("all models", TASKS)):
+            if f"{label}: {trigger.name}" in results:
+                continue
             bad = {}
             for number, task in enumerate(attacked):
                 own = type(trigger)(trigger.name, trigger.apply, (trigger.target + 2 * number) % 8)
                 bad[task] = (own, place.poisoned(task, own))
             report, facts = run(place, bad, part, steps, ALWAYS, False)
             results[f"{label}: {trigger.name}"] = {**report.as_dict(), "facts": facts}
-            save(Path(out) / f"seed-{seed}.json", results)
+            save(file, results)
 
 
 def save(path: Path, results: Mapping[str, Any]) -> None:

@@ -351,7 +351,7 @@ def security_report(
 
     Args:
         before: the merged model without defence: a state dict, a module, or a mapping name to either.
-        after: the defended one(s), likewise.
+        after: the defended one(s), likewise; may be empty.
         heads: task to head, as in `dam_merge`.
         tests: task to (inputs, labels) or a re-iterable of such pairs; not the data that masks were learned on.
         triggers: attacked task to its trigger or triggers.
@@ -403,7 +403,9 @@ def _named_states(role: str, given: Any) -> dict[str, Mapping[str, Tensor]]:
         return {role: given.state_dict()}
     if hasattr(given, "state_dict"):
         return {role: given.state_dict}
-    if not isinstance(given, Mapping) or not given:
+    if isinstance(given, Mapping) and not given:
+        return {}
+    if not isinstance(given, Mapping):
         raise UsageError(f"{role}: got a {type(given).__name__}; expected a state dict, a module, or names to these")
     if all(isinstance(value, Tensor) for value in given.values()):
         return {role: given}

@@ -1,0 +1,249 @@
+"""DAM and security reports from a configuration file, for the command line."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from merging.learn.atlas import _data, _heads, _model, _tokenizer, _vectors, names_in_checkpoint
+from merging.learn.config import DataSpec, LearnConfig, Strict
+from merging.learn.dam import DamConfig, DamResult, dam_merge
+from merging.learn.data import named
+from merging.learn.objectives import Forward
+from merging.learn.security import SecurityReport, Trigger, security_report, token_trigger
+from taskvec.errors import DataError, OutputExistsError, RecipeError, UsageError, did_you_mean
+from taskvec.masks import save_masks
+
+# what `learn dam` shares with the other learners; the rest of `LearnConfig` has no meaning for it
+_SHARED = (
+    "base", "tasks", "model", "data", "tokenizer", "max_length", "heads", "pool", "normalize", "logit_scale", "exclude",
+    "batch", "seed", "device", "dtype", "dam",
+)  # fmt: skip
+# given by the configuration's own keys, or not expressible in a file
+_OWN = ("exclude", "batch_size", "known_triggers", "noise", "trace")
+
+
+class DamFile(LearnConfig):
+    """What `taskvec learn dam` reads: keys shared with the other learners, and `dam` with the fields of `DamConfig`."""
+
+    objective: str = "entropy"
+    dam: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _only_what_is_used(self) -> "DamFile":
+        problems = [f"{name}: has no meaning for `learn dam`" for name in self.model_fields_set if name not in _SHARED]
+        known = [field.name for field in fields(DamConfig) if field.name not in _OWN]
+        problems += [
+            f"dam.{name}: is not a setting.{did_you_mean(name, known)}" for name in self.dam if name not in known
+        ]
+        problems += [f"data: nothing for task {task!r}" for task in self.tasks if task not in self.data]
+        problems += [
+            f"data.{name}: is not in tasks.{did_you_mean(name, self.tasks)}"
+            for name in self.data
+            if name not in self.tasks
+        ]
+        if self.heads is None and self.pool != "logits":
+            problems.append("heads: none; give them, or `pool: logits` where the model gives logits")
+        if problems:
+            raise ValueError("; ".join(sorted(problems)))
+        return self
+
+
+class TriggerSpec(Strict):
+    """A known trigger: a token written at a position, or `module:function` that changes a batch."""
+
+    target: Annotated[int, Field(ge=0)]
+    token: int | None = None
+    position: Annotated[int, Field(ge=0)] = 1
+    function: str | None = None
+    name: str = "trigger"
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "TriggerSpec":
+        if (self.token is None) == (self.function is None):
+            raise ValueError("needs either `token` or `function`")
+        return self
+
+    def made(self) -> Trigger:
+        if self.function is not None:
+            return Trigger(named(self.function, "triggers.function"), self.target, self.name)
+        return token_trigger(int(self.token or 0), self.target, position=self.position, name=self.name)
+
+
+class SecurityFile(Strict):
+    """What `taskvec evaluate security` reads.
+
+    Attributes:
+        base, tasks: as for `learn`; the curve of the plain merge is made of them.
+        merged: name to merged checkpoint, before and after a defence.
+        tests: labelled data of every task; not those that masks were learned on.
+        triggers: attacked task to its triggers.
+        lambdas: coefficients of the plain merge.
+    """
+
+    base: str
+    tasks: Annotated[dict[str, str], Field(min_length=1)]
+    merged: Annotated[dict[str, str], Field(min_length=1)]
+    tests: Annotated[dict[str, DataSpec], Field(min_length=1)]
+    triggers: Annotated[dict[str, list[TriggerSpec]], Field(min_length=1)]
+    model: str = "AutoModel"
+    tokenizer: str | None = None
+    max_length: Annotated[int, Field(ge=1)] = 128
+    heads: str | dict[str, str] | None = None
+    pool: Literal["auto", "logits", "pooler", "first", "mean"] = "auto"
+    normalize: bool = False
+    logit_scale: float = 1.0
+    exclude: list[str] = Field(default_factory=list)
+    batch: Annotated[int, Field(ge=1)] = 64
+    lambdas: Annotated[tuple[float, ...], Field(min_length=1)] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+    device: str | None = None
+
+    def as_learn(self) -> LearnConfig:
+        keys = (
+            "base",
+            "tasks",
+            "model",
+            "tokenizer",
+            "max_length",
+            "heads",
+            "pool",
+            "normalize",
+            "logit_scale",
+            "exclude",
+        )
+        shared = {key: getattr(self, key) for key in keys}
+        return LearnConfig(**shared, data=self.tests, batch=self.batch, device=self.device)
+
+
+class _Epochs:
+    """Data that change with the epoch as a re-iterable: each iteration is the next epoch."""
+
+    def __init__(self, data: Callable[[int], Any]):
+        self.data, self.epoch = data, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.epoch += 1
+        yield from self.data(self.epoch - 1)
+
+
+def _heads_or_logits(config: LearnConfig, device: torch.device) -> dict[str, Callable[[Tensor], Tensor]]:
+    found = _heads(config, device)
+    return found or {name: (lambda logits: logits) for name in config.data}
+
+
+def _forward(config: LearnConfig) -> Callable[[nn.Module, Any], Tensor]:
+    features = Forward(config.pool, config.normalize)
+    return lambda module, batch: features(module, batch)
+
+
+def learn_dam(config: DamFile, out: "str | Path") -> DamResult:
+    """Learn masks by a configuration and save them as `out`, under the checkpoint's tensor names.
+
+    Raises:
+        OutputExistsError: `out` is taken.
+        RecipeError: everything wrong with the settings.
+    """
+    from taskvec.checkpoint import Checkpoint, content_hash
+
+    if Path(out).exists():
+        raise OutputExistsError(f"{out}: exists already. Choose another name, or delete it to learn anew.")
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    base = Checkpoint.open(config.base)
+    model = _model(config).to(device=device, dtype=getattr(torch, config.dtype))
+    names = names_in_checkpoint(model, base)
+    vectors, hashes = _vectors(config, base, names)
+    parameters = {name for name, _ in model.named_parameters()}
+    left = [
+        name
+        for name in parameters
+        if name not in names or any(_matches(n, config.exclude) for n in (name, names[name]))
+    ]
+    tokenizer = _tokenizer(config) if any(spec.path for spec in config.data.values()) else None
+    data = {name: _Epochs(_data(config, name, spec, tokenizer)) for name, spec in config.data.items()}
+    settings = DamConfig(**config.dam, exclude=left, batch_size=config.batch)
+    result = dam_merge(
+        model,
+        vectors,
+        data={task: data[task] for task in config.tasks},
+        heads=_heads_or_logits(config, device),
+        forward=_forward(config),
+        config=settings,
+        seed=config.seed,
+    )
+    masks = {names[name]: mask for name, mask in result.masks.items()}
+    for alias, name in base.aliases.items():
+        if name in masks:
+            masks.setdefault(alias, masks[name])
+    save_masks(
+        out,
+        masks,
+        tasks=result.tasks,
+        base_hash=content_hash(base),
+        task_hashes=hashes,
+        details={
+            "coefficients": result.coefficients.tolist(),
+            "steps": len(result.history),
+            "suspected": sorted({(found.task, found.target) for found in result.triggers}),
+            "warnings": result.warnings,
+            "config": config.model_dump(mode="json", exclude_defaults=True),
+        },
+    )
+    return result
+
+
+def _matches(name: str, patterns: list[str]) -> bool:
+    from fnmatch import fnmatchcase
+
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def evaluate_security(config: SecurityFile) -> SecurityReport:
+    """The report that a configuration asks for."""
+    from taskvec.checkpoint import Checkpoint
+
+    for task in config.triggers:
+        if task not in config.tests:
+            raise RecipeError(f"triggers.{task}: is not in tests.{did_you_mean(task, config.tests)}")
+    learn = config.as_learn()
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    base = Checkpoint.open(config.base)
+    model = _model(learn).to(device)
+    names = names_in_checkpoint(model, base)
+    vectors, _ = _vectors(learn, base, names)
+    tokenizer = _tokenizer(learn) if any(spec.path for spec in config.tests.values()) else None
+    tests = {
+        name: [_pair(name, batch, device) for batch in _data(learn, name, spec, tokenizer, held_out=True)(0)]
+        for name, spec in config.tests.items()
+    }
+    own = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    merged = {}
+    for label, path in config.merged.items():
+        source = Checkpoint.open(path)
+        lacking = [names[name] for name in own if name in names and names[name] not in source.infos]
+        if lacking:
+            raise UsageError(f"merged.{label}: {path} has no {lacking[0]}. Was it merged from this base?")
+        merged[label] = {**own, **{name: source.read(names[name]).to(own[name]) for name in own if name in names}}
+    return security_report(
+        merged,
+        {},
+        heads=_heads_or_logits(learn, device),
+        tests=tests,
+        triggers={task: [spec.made() for spec in several] for task, several in config.triggers.items()},
+        base=model,
+        models=vectors,
+        lambdas=config.lambdas,
+        forward=_forward(learn),
+    )
+
+
+def _pair(name: str, batch: Any, device: torch.device) -> tuple[Any, Tensor]:
+    if isinstance(batch, Mapping) and "labels" in batch:
+        rest = {key: value.to(device) for key, value in batch.items() if key != "labels"}
+        return rest, batch["labels"].to(device)
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return batch[0].to(device), batch[1].to(device)
+    raise DataError(f"tests.{name}: a batch has no labels; expected a mapping with `labels`, or (inputs, labels)")

@@ -1,0 +1,166 @@
+"""`learn dam`, `evaluate security` and the merge recipe between them, on small real checkpoints."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import save_file
+
+from merging.commands.dam import evaluate, learn_dam
+from merging.learn.security import Rate, Trigger, measure, patch_trigger, security_report, token_trigger
+from taskvec.errors import DataError, RecipeError, UsageError
+
+DATA = """
+import torch
+
+def batches(labelled, task):
+    generator = torch.Generator().manual_seed(7 if labelled else 3)
+    for _ in range(2):
+        ids = torch.randint(0, 50, (12, 8), generator=generator)
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if labelled:
+            batch["labels"] = torch.randint(0, 3, (12,), generator=generator)
+        yield batch
+
+def unlabelled(epoch):
+    return batches(False, 0)
+
+def labelled(epoch):
+    return batches(True, 0)
+"""
+
+
+@pytest.fixture
+def zoo(tmp_path, monkeypatch):
+    from transformers import BertConfig, BertModel
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "dam_test_data.py").write_text(DATA)
+    torch.manual_seed(0)
+    base = BertModel(
+        BertConfig(
+            vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+            max_position_embeddings=16,
+        )
+    )  # fmt: skip
+    base.save_pretrained("base")
+    heads = {}
+    for task in ("a", "b"):
+        with torch.no_grad():
+            for parameter in base.parameters():
+                parameter += 0.05 * torch.randn_like(parameter)
+        base.save_pretrained(task)
+        heads[task] = torch.randn(3, 16)
+    save_file(heads, "heads.safetensors")
+    (tmp_path / "dam.yaml").write_text(
+        "base: base\ntasks: {a: a, b: b}\nheads: heads.safetensors\npool: pooler\nbatch: 8\n"
+        "data: {a: {function: 'dam_test_data:unlabelled'}, b: {function: 'dam_test_data:unlabelled'}}\n"
+        "dam: {mask_steps: 2, inversion_steps: 2, restarts: 1, flag: 0.0, lam0: 0.4}\n"
+    )
+    return tmp_path
+
+
+def test_masks_learned_by_a_file_are_merged_by_a_recipe_and_reported(zoo):
+    from merging import Recipe, merge
+    from merging.learn.dam_file import DamFile
+    from merging.learn.dam_file import learn_dam as run
+    from taskvec import Checkpoint
+
+    found = CliRunner().invoke(learn_dam, ["dam.yaml", "masks.safetensors", "--json"], catch_exceptions=False)
+    facts = json.loads(found.stdout)
+    assert facts["coefficients"] == pytest.approx([0.4, 0.4])
+    assert {row["task"] for row in facts["suspected"]} == {"a", "b"}
+    (zoo / "recipe.yaml").write_text(
+        "base: base\ntasks: {a: a, b: b}\nmethod: task_arithmetic\nscale: 0.4\nmasks: masks.safetensors\n"
+    )
+    merge(Recipe.load("recipe.yaml"), "merged")
+    result = run(DamFile.load("dam.yaml"), "again.safetensors")
+    merged = Checkpoint.open("merged")
+    base = Checkpoint.open("base")
+    for name, tensor in result.state_dict.items():
+        if name in merged.infos:
+            delta = (tensor - base.read(name)).abs().max()
+            torch.testing.assert_close(merged.read(name), tensor, rtol=0, atol=float(2e-3 * delta + 1e-6))
+    (zoo / "security.yaml").write_text(
+        "base: base\ntasks: {a: a, b: b}\nmerged: {plain: a, dam: merged}\nheads: heads.safetensors\npool: pooler\n"
+        "tests: {a: {function: 'dam_test_data:labelled'}, b: {function: 'dam_test_data:labelled'}}\n"
+        "triggers: {a: [{token: 7, target: 1}]}\nlambdas: [0.2, 0.4]\n"
+    )
+    shown = CliRunner().invoke(
+        evaluate, ["security", "security.yaml", "--json", "--plot", "s.png"], catch_exceptions=False
+    )
+    report = json.loads(shown.stdout)
+    assert set(report["rows"]) == {"plain", "dam"}
+    assert set(report["plain_merge_curve"]) == {"0.2", "0.4"}
+    assert report["rows"]["dam"]["accuracy"]["a"]["total"] == 24
+    assert "certifies nothing" in report["note"]
+    assert (zoo / "s.png").read_bytes().startswith(b"\x89PNG")
+    table = CliRunner().invoke(evaluate, ["security", "security.yaml"], catch_exceptions=False).stdout
+    assert "plain merge, λ = 0.4" in table
+    assert "certifies nothing" in table
+
+
+def test_a_file_with_mistakes_lists_them(zoo):
+    from merging.learn.dam_file import DamFile
+
+    text = (zoo / "dam.yaml").read_text().replace("mask_steps", "mask_stpes") + "granularity: block\n"
+    (zoo / "bad.yaml").write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        DamFile.load("bad.yaml")
+    assert "dam.mask_stpes: is not a setting. Did you mean 'mask_steps'?" in str(caught.value)
+    assert "granularity: has no meaning for `learn dam`" in str(caught.value)
+
+
+class Threshold(torch.nn.Module):
+    """Class 1 where the first pixel is above zero; a bright corner always gives class 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor([1.0, 100.0]))
+
+    def forward(self, images):
+        score = self.weight[0] * images[:, 0, 0, 0] + self.weight[1] * (images[:, 0, -1, -1] > 5)
+        return torch.stack([-score, score], 1)
+
+
+def test_rates_are_counted_as_they_are_defined():
+    images = torch.zeros(8, 1, 3, 3)
+    images[:, 0, 0, 0] = torch.tensor([1.0, 1, 1, 1, -1, -1, -1, -1])
+    labels = torch.tensor([1, 1, 1, 0, 0, 0, 0, 1])
+    trigger = patch_trigger(torch.full((1, 1), 9.0), 2, 2, target=1)
+    identity = {"bad": lambda x: x, "other": lambda x: x}
+    found = measure(Threshold(), identity, {"bad": (images, labels), "other": (images, labels)}, {"bad": [trigger]})
+    assert (found.accuracy["bad"].count, found.accuracy["bad"].total) == (6, 8)
+    assert (found.success["bad"].count, found.success["bad"].total) == (4, 4)  # of the four whose label is not 1
+    assert (found.flips["other"].count, found.flips["other"].total) == (3, 6)  # of the six that were right
+    low, high = Rate(6, 8).interval
+    assert (low, high) == (pytest.approx(0.4093, abs=1e-3), pytest.approx(0.9285, abs=1e-3))
+
+
+def test_a_report_without_triggers_labels_or_curve_is_refused():
+    base = Threshold()
+    tuned = {"a": {"weight": base.weight.detach() + 1}}
+    images, labels = torch.zeros(2, 1, 3, 3), torch.tensor([0, 1])
+    common = {"heads": {"a": lambda x: x}, "base": base, "models": tuned}
+    with pytest.raises(UsageError, match="What is not tried is not measured"):
+        security_report(tuned["a"], {}, tests={"a": (images, labels)}, triggers={}, **common)
+    trigger = Trigger(lambda x: x, 1)
+    with pytest.raises(DataError, match="nothing for the attacked task 'a'"):
+        security_report(tuned["a"], tuned["a"], tests={}, triggers={"a": trigger}, **common)
+    with pytest.raises(DataError, match="expected pairs"):
+        security_report(tuned["a"], tuned["a"], tests={"a": [images]}, triggers={"a": trigger}, **common)
+    with pytest.raises(UsageError, match="heads: none for task 'b'"):
+        security_report(tuned["a"], tuned["a"], tests={"a": (images, labels)}, triggers={"b": trigger}, **common)
+
+
+def test_triggers_for_tests_change_what_they_say():
+    images = torch.zeros(1, 1, 4, 4)
+    changed = patch_trigger(torch.ones(2, 2), 1, 2, target=0).apply(images)
+    assert changed.sum() == 4
+    assert torch.equal(changed[0, 0, 1:3, 2:4], torch.ones(2, 2))
+    with pytest.raises(DataError, match="leaves the"):
+        patch_trigger(torch.ones(2, 2), 3, 3, target=0).apply(images)
+    batch = {"input_ids": torch.zeros(2, 5, dtype=torch.long)}
+    assert token_trigger(9, 1, position=2).apply(batch)["input_ids"][:, 2].tolist() == [9, 9]
