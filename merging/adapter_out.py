@@ -322,9 +322,16 @@ class _Live:
         self.layouts = Layouts(base)
         self.model = self._empty_model()
         self.modules: dict[str, torch.nn.Module] = {}
+        self.weights: dict[str, torch.nn.Parameter] = {}
+        self.users: dict[int, list[str]] = {}
+        self.paths: dict[str, str | None] = {}
         self.names: Names | None = None
         if self.model is not None:
             self.modules = dict(self.model.named_modules())
+            for path, module in self.modules.items():
+                for parameter, weight in module.named_parameters(recurse=False):
+                    self.users.setdefault(id(weight), []).append(path)
+                    self.weights[f"{path}.{parameter}"] = weight
             self.names = Names(in_memory(dict(self.model.state_dict()), label="the live model"))
             self.names.learn(list(base.infos))
 
@@ -359,7 +366,9 @@ class _Live:
         """The live path of a tensor, or None where the live model has no such tensor (fused experts)."""
         if self.names is None:
             return name
-        return self.names.find(name)
+        if name not in self.paths:
+            self.paths[name] = self.names.find(name)
+        return self.paths[name]
 
     def sites(self, name: str) -> list[_Site]:
         """The modules that use this tensor: one, or two where a head is tied to its embedding."""
@@ -372,16 +381,13 @@ class _Live:
         if self.model is None:
             tied = [alias.rpartition(".")[0] for alias, to in self.base.aliases.items() if to == name]
             return [_Site(module, self._kind(name, parameter)), *(_Site(other, "linear") for other in tied)]
-        weight = getattr(self.modules.get(module), parameter, None)
-        users = [
-            (path, found)
-            for path, found in self.modules.items()
-            if getattr(found, parameter, None) is weight or path == module
-        ]
-        return [_Site(path, self._kind_of(found, name, parameter)) for path, found in users]
+        if path not in self.weights:
+            return [_Site(module, "other")]  # a buffer
+        users = self.users[id(self.weights[path])]
+        return [_Site(user, self._kind_of(self.modules[user], parameter)) for user in users]
 
     def _kind_of(
-        self, module: torch.nn.Module, name: str, parameter: str
+        self, module: torch.nn.Module, parameter: str
     ) -> Literal["linear", "in out", "embedding", "convolution", "other"]:
         from transformers.pytorch_utils import Conv1D
 
