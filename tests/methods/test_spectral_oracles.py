@@ -277,3 +277,40 @@ def test_subspace_boosting_does_not_lift_directions_that_are_zero():
     assert int(torch.linalg.matrix_rank(boosted, rtol=1e-4)) == 6
     close(boosted, merge_stacks("task_arithmetic", {"w": stack}, postprocess=steps)["w"], 1e-4)
     assert any("only the directions within it are lifted" in warning for warning in outcome.warnings)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("wudi", {"steps": 100, "rate": 1e-3}),
+        ("wudi", {"solver": "ridge"}),
+        ("low_rank", {"rank": 4}),
+        ("low_rank", {"energy": 0.999999}),
+        ("task_arithmetic", {"postprocess": ["svc"]}),
+    ],
+)
+def test_low_rank_input_gives_the_same_in_both_precisions(method, options):
+    stack = low_rank_stacks()
+    close(
+        merge_stacks(method, {"w": stack.float()}, **options)["w"],
+        merge_stacks(method, {"w": stack}, **options)["w"],
+        1e-4,
+    )
+
+
+def test_adapters_of_a_higher_rank_than_their_share_are_merged_alike_too():
+    stack = low_rank_stacks(tasks=4, rank=12)  # 12 of 24, a share of 6 for each task
+    close(merge_stacks("tsv_m", {"w": stack.float()})["w"], merge_stacks("tsv_m", {"w": stack})["w"], 1e-4)
+
+
+def test_the_reference_form_of_iso_c_would_not_agree_with_itself_here():
+    # what the restriction is for: flattening all of a rank-6 sum fills 18 arbitrary directions of 24
+    stack = low_rank_stacks()
+    ours = merge_stacks("iso_c", {"w": stack})["w"]
+    total = stack.sum(0)
+    values = torch.linalg.svdvals(total)
+    reference = values.mean() * polar(total)
+    inside = torch.linalg.svd(total, full_matrices=False)[0][:, :6]
+    outside = reference - inside @ inside.T @ reference
+    assert float(outside.square().sum() / reference.square().sum()) == pytest.approx(18 / 24)
+    assert float((ours - inside @ inside.T @ ours).norm() / ours.norm()) < 1e-9
