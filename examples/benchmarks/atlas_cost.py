@@ -199,8 +199,8 @@ def tune(shape: str, tasks: int, device: torch.device, options: argparse.Namespa
     numel = sum(p.numel() for p in model.parameters())
     moved = numel * (2 * tasks + 8)
     for block in (512, 1024, 2048, 4096):
-        for width, steps in ((128, 64), (256, 16), (256, 32), (512, 16), (512, 8)):
-            if block != 1024 and (width, steps) != (256, 32):
+        for width, tile in ((128, 8192), (256, 4096), (256, 8192), (256, 16384), (512, 8192), (1024, 8192)):
+            if block != 1024 and (width, tile) != (256, 8192):
                 continue
             fused = kernels.FusedBlocks(
                 composition.bank,
@@ -209,7 +209,7 @@ def tune(shape: str, tasks: int, device: torch.device, options: argparse.Namespa
                 {name: composition._columns(name)[0] for name in composition.composed},
                 compose_block=block,
                 product_width=width,
-                product_steps=steps,
+                product_tile=tile,
             )
 
             def products(fused: kernels.FusedBlocks = fused) -> None:
@@ -219,7 +219,7 @@ def tune(shape: str, tasks: int, device: torch.device, options: argparse.Namespa
 
             compose_ms = milliseconds(lambda fused=fused: fused.compose_(composition.coefficients), 10, device, 3)
             product_ms = milliseconds(products, 10, device, 3)
-            row = {"shape": shape, "tasks": tasks, "block": block, "width": width, "steps": steps}
+            row = {"shape": shape, "tasks": tasks, "block": block, "width": width, "tile": tile}
             row.update(compose_ms=round(compose_ms, 3), compose_gbs=round(moved / compose_ms / 1e6))
             row.update(products_ms=round(product_ms, 3), products_gbs=round((moved - 4 * numel) / product_ms / 1e6))
             print(json.dumps(row), flush=True)

@@ -17,11 +17,11 @@ from torch.autograd.graph import increment_version
 from merging.learn.bank import Bank
 
 COMPOSE_BLOCK = 1024
-PRODUCT_WIDTH = 256
-PRODUCT_STEPS = 32
+PRODUCT_TILE = 8192
 # gradients wait until they hold this much, then one launch takes them all: few launches, bounded memory
 PENDING_BYTES = 128 << 20
 _REDUCE_ROWS = 32
+_BYTES = 16  # alignment that a tensor needs, and that the kernels build on: one vector load
 
 
 @cache
@@ -52,8 +52,8 @@ class FusedBlocks:
         columns: Mapping[str, int],
         *,
         compose_block: int = COMPOSE_BLOCK,
-        product_width: int = PRODUCT_WIDTH,
-        product_steps: int = PRODUCT_STEPS,
+        product_width: int | None = None,
+        product_tile: int = PRODUCT_TILE,
         pending_bytes: int = PENDING_BYTES,
     ):
         first = next(iter(parameters.values()))
@@ -66,15 +66,19 @@ class FusedBlocks:
         self._kind, self._stored = kind
         self._tasks = len(bank.tasks)
         self._padded = 1 << max(self._tasks - 1, 0).bit_length()
-        self._width, self._steps, self._block = product_width, product_steps, compose_block
+        # each of 256 threads has one vector of 8 elements of a row: few rows need wider tiles to keep loads in flight
+        self._width = product_width or (512 if self._padded <= 8 else 256)
+        self._steps, self._block = max(product_tile // self._width, 1), compose_block
         self._pending_bytes = pending_bytes
         # keeps the base and the bank alive: the kernels only have their addresses
         self._alive = ([base[name] for name in self.parameters], [bank.values(name) for name in self.parameters])
         self._sizes = self._table([p.numel() for p in self.parameters.values()])
         self._strides = self._table([bank.values(name).stride(0) for name in self.parameters])
         self._counts = self._table([len(bank.blocks[name].tasks) for name in self.parameters], torch.int32)
-        self._bases = self._table([base[name].data_ptr() for name in self.parameters])
-        self._stacks = self._table([bank.values(name).data_ptr() for name in self.parameters])
+        self._anchor = torch.zeros(64, dtype=self._kind, device=self._device)
+        self._stack_anchor = torch.zeros(64, dtype=self._stored, device=self._device)
+        self._bases = self._places([base[name] for name in self.parameters], self._anchor)
+        self._stacks = self._places([bank.values(name) for name in self.parameters], self._stack_anchor)
         self._addresses: tuple[int, ...] = ()
         self._pointers = self._table([0])
         shape = (len(self.parameters), self._tasks)
@@ -101,6 +105,11 @@ class FusedBlocks:
         # pinned, so that the copy does not make the host wait for the GPU in the middle of backward
         host = torch.tensor(list(values), dtype=dtype, pin_memory=self._device.type == "cuda")
         return host.to(self._device, non_blocking=True)
+
+    def _places(self, tensors: Sequence[Tensor], anchor: Tensor) -> Tensor:
+        """Distance of each tensor from the anchor, in elements."""
+        first, size = anchor.data_ptr(), anchor.element_size()
+        return self._table([(tensor.data_ptr() - first) // size for tensor in tensors])
 
     def _tiles_of(self, segments: Sequence[int] | range, size: int) -> tuple[Tensor, ...]:
         """Segment, first element and slot of every tile; then, slot by slot, first tile, number of tiles, segment."""
@@ -136,10 +145,12 @@ class FusedBlocks:
         addresses = tuple(p.data_ptr() for p in self.parameters.values())
         if addresses != self._addresses:
             self._addresses = addresses
-            self._pointers = self._table(addresses)
+            self._pointers = self._places(list(self.parameters.values()), self._anchor)
         weights = (coefficients[self._task_index, self._column[:, None]].to(torch.float32) * self._scale).contiguous()
         with _on(self._device):
             compose_kernel[(self._tiles[0].numel(),)](
+                self._anchor,
+                self._stack_anchor,
                 self._pointers,
                 self._bases,
                 self._stacks,
@@ -150,8 +161,8 @@ class FusedBlocks:
                 self._tiles[0],
                 self._tiles[1],
                 TASKS=self._tasks,
-                KIND=_triton_type(self._kind),
-                STORED=_triton_type(self._stored),
+                ALIGNED=_BYTES // self._kind.itemsize,
+                STACK_ALIGNED=_BYTES // self._stored.itemsize,
                 BLOCK=self._block,
                 num_warps=4,
             )
@@ -187,7 +198,7 @@ class FusedBlocks:
             self.flush()
         self._waiting_segments.add(segment)
         grad = grad.detach()
-        if grad.dtype != self._kind or not grad.is_contiguous() or grad.data_ptr() % 16:
+        if grad.dtype != self._kind or not grad.is_contiguous() or grad.data_ptr() % _BYTES:
             grad = grad.to(self._kind).clone(memory_format=torch.contiguous_format)
         self._waiting.append((segment, grad))
         self._waiting_bytes += grad.numel() * grad.element_size()
@@ -208,11 +219,13 @@ class FusedBlocks:
         if addresses not in self._gradient_tables:
             if len(self._gradient_tables) > 256:
                 self._gradient_tables.clear()
-            self._gradient_tables[addresses] = self._table(addresses)
+            self._gradient_tables[addresses] = self._places([grad for _, grad in self._waiting], self._anchor)
         tiles = tile_segment.numel()
         partials = torch.empty((tiles, self._padded), dtype=torch.float32, device=self._device)
         with _on(self._device):
             products_kernel[(tiles,)](
+                self._anchor,
+                self._stack_anchor,
                 self._gradient_tables[addresses],
                 self._stacks,
                 self._strides,
@@ -223,8 +236,8 @@ class FusedBlocks:
                 tile_start,
                 tile_slot,
                 PADDED=self._padded,
-                KIND=_triton_type(self._kind),
-                STORED=_triton_type(self._stored),
+                ALIGNED=_BYTES // self._kind.itemsize,
+                STACK_ALIGNED=_BYTES // self._stored.itemsize,
                 WIDTH=self._width,
                 STEPS=self._steps,
                 num_warps=8,
@@ -246,11 +259,5 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 def _fits(parameter: nn.Parameter, bank: Bank, name: str) -> bool:
     values = bank.values(name)
-    aligned = parameter.data_ptr() % 16 == 0 and values.data_ptr() % 16 == 0
+    aligned = parameter.data_ptr() % _BYTES == 0 and values.data_ptr() % _BYTES == 0
     return aligned and values.stride(0) % 64 == 0 and values.stride(1) == 1
-
-
-def _triton_type(dtype: torch.dtype) -> Any:
-    import triton.language as tl
-
-    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]

@@ -12,7 +12,43 @@ import triton.language as tl
 
 
 @triton.jit
+def _composed(
+    parameter,
+    base,
+    stack,
+    stride,
+    count,
+    size,
+    weights,
+    start,
+    TASKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    element = start + tl.arange(0, BLOCK)
+    total = tl.load(base + element, mask=element < size, other=0.0) if TAIL else tl.load(base + element)
+    total = total.to(tl.float32)
+    for task in tl.static_range(TASKS):
+        weight = tl.load(weights + task)
+        row = stack + task * stride
+        held = tl.where(task < count, size, 0)
+        if TAIL:
+            delta = tl.load(row + element, mask=element < held, other=0.0)
+        else:
+            # the same for the whole tile, so the loads stay vectors
+            delta = tl.load(row + element, mask=tl.zeros([BLOCK], dtype=tl.int64) < held, other=0.0)
+        total += weight * delta.to(tl.float32)
+    total = total.to(parameter.dtype.element_ty)
+    if TAIL:
+        tl.store(parameter + element, total, mask=element < size)
+    else:
+        tl.store(parameter + element, total)
+
+
+@triton.jit
 def compose_kernel(
+    anchor,
+    stack_anchor,
     parameters,
     bases,
     stacks,
@@ -23,8 +59,8 @@ def compose_kernel(
     tile_segment,
     tile_start,
     TASKS: tl.constexpr,
-    KIND: tl.constexpr,
-    STORED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    STACK_ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One tile of one tensor: base + Σ_t weight_t delta_t, rounded once."""
@@ -34,23 +70,51 @@ def compose_kernel(
     size = tl.load(sizes + segment)
     count = tl.load(counts + segment)
     stride = tl.multiple_of(tl.load(strides + segment), 64)
-    parameter = tl.multiple_of(tl.load(parameters + segment), 16).to(tl.pointer_type(KIND))
-    base = tl.multiple_of(tl.load(bases + segment), 16).to(tl.pointer_type(KIND))
-    stack = tl.multiple_of(tl.load(stacks + segment), 16).to(tl.pointer_type(STORED))
-    element = start + tl.arange(0, BLOCK)
-    inside = element < size
-    total = tl.load(base + element, mask=inside, other=0.0).to(tl.float32)
-    for task in tl.static_range(TASKS):
-        weight = tl.load(weights + segment * TASKS + task)
-        row = stack + task * stride
-        held = tl.where(task < count, size, 0)
-        delta = tl.load(row + element, mask=element < held, other=0.0).to(tl.float32)
-        total += weight * delta
-    tl.store(parameter + element, total.to(KIND), mask=inside)
+    parameter = anchor + tl.multiple_of(tl.load(parameters + segment), ALIGNED)
+    base = anchor + tl.multiple_of(tl.load(bases + segment), ALIGNED)
+    stack = stack_anchor + tl.multiple_of(tl.load(stacks + segment), STACK_ALIGNED)
+    weight = weights + segment * TASKS
+    # a mask that may end anywhere breaks vectors into single elements, so only the last tile has one
+    if start + BLOCK <= size:
+        _composed(parameter, base, stack, stride, count, size, weight, start, TASKS, BLOCK, False)
+    else:
+        _composed(parameter, base, stack, stride, count, size, weight, start, TASKS, BLOCK, True)
+
+
+@triton.jit
+def _products(
+    gradient,
+    stack,
+    stride,
+    count,
+    size,
+    start,
+    PADDED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STEPS: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    task = tl.arange(0, PADDED)
+    rows = stack + task[:, None] * stride
+    there = (task < count)[:, None]
+    total = tl.zeros([PADDED, WIDTH], dtype=tl.float32)
+    for step in range(STEPS):
+        element = start + step * WIDTH + tl.arange(0, WIDTH)
+        if TAIL:
+            inside = element < size
+            slope = tl.load(gradient + element, mask=inside, other=0.0)
+            delta = tl.load(rows + element[None, :], mask=there & inside[None, :], other=0.0)
+        else:
+            slope = tl.load(gradient + element)
+            delta = tl.load(rows + element[None, :], mask=there, other=0.0)
+        total += slope.to(tl.float32)[None, :] * delta.to(tl.float32)
+    return tl.sum(total, axis=1)
 
 
 @triton.jit
 def products_kernel(
+    anchor,
+    stack_anchor,
     gradients,
     stacks,
     strides,
@@ -61,8 +125,8 @@ def products_kernel(
     tile_start,
     tile_slot,
     PADDED: tl.constexpr,
-    KIND: tl.constexpr,
-    STORED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    STACK_ALIGNED: tl.constexpr,
     WIDTH: tl.constexpr,
     STEPS: tl.constexpr,
 ):
@@ -73,19 +137,13 @@ def products_kernel(
     size = tl.load(sizes + segment)
     count = tl.load(counts + segment)
     stride = tl.multiple_of(tl.load(strides + segment), 64)
-    gradient = tl.multiple_of(tl.load(gradients + tl.load(tile_slot + tile)), 16).to(tl.pointer_type(KIND))
-    stack = tl.multiple_of(tl.load(stacks + segment), 16).to(tl.pointer_type(STORED))
-    task = tl.arange(0, PADDED)
-    rows = stack + task[:, None] * stride
-    there = (task < count)[:, None]
-    total = tl.zeros([PADDED, WIDTH], dtype=tl.float32)
-    for step in range(STEPS):
-        element = start + step * WIDTH + tl.arange(0, WIDTH)
-        inside = element < size
-        slope = tl.load(gradient + element, mask=inside, other=0.0).to(tl.float32)
-        delta = tl.load(rows + element[None, :], mask=there & inside[None, :], other=0.0).to(tl.float32)
-        total += slope[None, :] * delta
-    tl.store(partials + tile * PADDED + task, tl.sum(total, axis=1))
+    gradient = anchor + tl.multiple_of(tl.load(gradients + tl.load(tile_slot + tile)), ALIGNED)
+    stack = stack_anchor + tl.multiple_of(tl.load(stacks + segment), STACK_ALIGNED)
+    place = partials + tile * PADDED + tl.arange(0, PADDED)
+    if start + WIDTH * STEPS <= size:
+        tl.store(place, _products(gradient, stack, stride, count, size, start, PADDED, WIDTH, STEPS, False))
+    else:
+        tl.store(place, _products(gradient, stack, stride, count, size, start, PADDED, WIDTH, STEPS, True))
 
 
 @triton.jit
