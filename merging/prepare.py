@@ -107,7 +107,7 @@ class Prepared:
                 values = {key: resolved(value, name, self.depth) for key, value in given.items()}
             return chosen.start(deltas, **seeded(chosen, chosen.bound(values, count), values, self.recipe.seed))
 
-        return Stage(chosen.name, chosen.role, start, chosen.unit_of(given))
+        return Stage(chosen.name, chosen.role, start, chosen.unit_of(given), chosen.copies)
 
     def options(self) -> Options:
         """Budget, threads and device of the recipe."""
@@ -272,6 +272,10 @@ def prepare(recipe: Recipe, out: "str | os.PathLike[str] | None" = None, *, over
 
 def _outside(patterns: Sequence[str]) -> Callable[[str], bool]:
     return lambda name: not names_matching([name], patterns)
+
+
+def _inside(patterns: Sequence[str]) -> Callable[[str], bool]:
+    return lambda name: bool(names_matching([name], patterns))
 
 
 def _method(recipe: Recipe, problems: Problems) -> MergeMethod | None:
@@ -478,8 +482,7 @@ def _alike(recipe: Recipe, first: TensorSource, tasks: list[Task], problems: Pro
         ours: TensorSource = Only(first, untouched) if untouched else first
         theirs: TensorSource = Only(task.source, untouched) if untouched else task.source
         if recipe.include:
-            wanted = _outside(recipe.include)
-            ours, theirs = Only(ours, lambda n: not wanted(n)), Only(theirs, lambda n: not wanted(n))
+            ours, theirs = Only(ours, _inside(recipe.include)), Only(theirs, _inside(recipe.include))
         try:
             assert_alike(ours, {task.name: theirs})
         except MismatchError as error:

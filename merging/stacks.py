@@ -28,7 +28,7 @@ def merge_stacks(
     tasks: Sequence[str] | None = None,
     base: "Mapping[str, Tensor] | None" = None,
     contributions: bool = False,
-    options: Options = Options(),
+    options: Options | None = None,
     outcome: Outcome | None = None,
     **parameters: Any,
 ) -> Any:
@@ -74,13 +74,15 @@ def merge_stacks(
     stages = build_stages(chosen, parameters, preprocess, postprocess, count, seed=seed, contributions=contributions)
     if contributions:
         parts = Contributions(found, scale)
-        done = sweep(deltas, stages, parts, scope=statistics or chosen.statistics, options=options)
+        done = sweep(deltas, stages, parts, scope=statistics or chosen.statistics, options=options or Options())
         _fill(outcome, done)
         return parts
     merged = {
         key: torch.empty(info.shape, dtype=info.dtype, device=found[key].device) for key, info in deltas.infos.items()
     }
-    done = sweep(deltas, stages, Into(merged, scale), scope=statistics or chosen.statistics, options=options)
+    done = sweep(
+        deltas, stages, Into(merged, scale), scope=statistics or chosen.statistics, options=options or Options()
+    )
     _fill(outcome, done)
     return merged
 

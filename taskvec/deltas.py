@@ -255,7 +255,8 @@ class ModelDeltas:
             if ahead is not None and source is not None and name in source.infos:
                 ahead(name, start, stop)
 
-    def tile(self, name: str, start: int, stop: int, watch: Watch | None = None) -> Tile:
+    def tile(self, name: str, start: int, stop: int, watch: Watch | None = None, room: Tensor | None = None) -> Tile:
+        """One tile; its stack lies in `room` (flat float32) where that is given and fits, instead of new memory."""
         info = self.infos[name]
         base = None
         if self.base is not None:
@@ -263,7 +264,11 @@ class ModelDeltas:
             if watch is not None:
                 watch(self.base, name, raw)
             base = raw.to(info.dtype)
-        stack = torch.empty(len(self._tasks), stop - start, dtype=info.dtype)
+        count, size = len(self._tasks), stop - start
+        if room is not None and info.dtype == room.dtype and count * size <= room.numel():
+            stack = room[: count * size].view(count, size)
+        else:
+            stack = torch.empty(count, size, dtype=info.dtype)
         for row, task in zip(stack, self._tasks):
             if name not in task.source.infos:
                 row.zero_()  # a delta source lacks what it does not change; whole models were checked before

@@ -48,10 +48,15 @@ class Zoo:
         self.base = save_model(folder / "base", self.base_state)
         self.tuned = [self.tune(f"ft{i}", seed=i) for i in (1, 2, 3)]
 
-    def tune(self, name: str, *, seed: int = 1, change: "Callable[[dict[str, torch.Tensor]], None] | None" = None) -> Path:
+    def tune(
+        self, name: str, *, seed: int = 1, change: "Callable[[dict[str, torch.Tensor]], None] | None" = None
+    ) -> Path:
         generator = torch.Generator().manual_seed(100 + seed)
         state = {
-            key: value + 0.05 * torch.randn(value.shape, generator=generator) * (torch.rand(value.shape, generator=generator) < 0.5)
+            key: value
+            + 0.05
+            * torch.randn(value.shape, generator=generator)
+            * (torch.rand(value.shape, generator=generator) < 0.5)
             for key, value in self.base_state.items()
         }
         if change is not None:
@@ -59,7 +64,12 @@ class Zoo:
         return save_model(self.folder / name, state)
 
     def recipe(self, **changes: object) -> dict[str, object]:
-        return {"base": str(self.base), "tasks": [str(path) for path in self.tuned], "method": "task_arithmetic", **changes}
+        return {
+            "base": str(self.base),
+            "tasks": [str(path) for path in self.tuned],
+            "method": "task_arithmetic",
+            **changes,
+        }
 
 
 @pytest.fixture

@@ -93,7 +93,9 @@ def ours(flags: list[str], zoo: list[Path], base: bool | None, count: int, out: 
     return [*head, *(["--base", str(zoo[0])] if base else []), str(out), *map(str, tasks)]
 
 
-def theirs(method: str, given: dict[str, float], zoo: list[Path], base: bool | None, count: int, out: Path, venv: Path) -> list[str]:
+def theirs(
+    method: str, given: dict[str, float], zoo: list[Path], base: bool | None, count: int, out: Path, venv: Path
+) -> list[str]:
     per_model = {k: v for k, v in given.items() if k in ("weight", "density", "gamma", "epsilon")}
     top = {k: v for k, v in given.items() if k not in per_model}
     tasks = zoo[1 : 1 + count] if base is not None else zoo[1:3]
@@ -109,7 +111,14 @@ def theirs(method: str, given: dict[str, float], zoo: list[Path], base: bool | N
         config["base_model"] = str(tasks[0])
     recipe = out.with_suffix(".yml")
     recipe.write_text(json.dumps(config))
-    return [str(venv / "bin" / "mergekit-yaml"), "--no-write-model-card", "--out-shard-size", "400MB", str(recipe), str(out)]
+    return [
+        str(venv / "bin" / "mergekit-yaml"),
+        "--no-write-model-card",
+        "--out-shard-size",
+        "400MB",
+        str(recipe),
+        str(out),
+    ]
 
 
 def floor(zoo: list[Path], out: Path) -> list[str]:
@@ -144,7 +153,9 @@ def paired(commands: dict[str, list[str]], runs: int, outs: list[Path]) -> dict[
 
 
 def against_mergekit(arguments: argparse.Namespace) -> dict[str, object]:
-    zoo = build(arguments.zoo / f"h{arguments.hidden}-l{arguments.layers}", hidden=arguments.hidden, layers=arguments.layers)
+    zoo = build(
+        arguments.zoo / f"h{arguments.hidden}-l{arguments.layers}", hidden=arguments.hidden, layers=arguments.layers
+    )
     outs = [arguments.zoo / "out-ours", arguments.zoo / "out-theirs", arguments.zoo / "out-floor"]
     warm(zoo)
     chosen = arguments.methods or list(METHODS)
@@ -160,7 +171,10 @@ def against_mergekit(arguments: argparse.Namespace) -> dict[str, object]:
     table["start-up"] = paired(starts, arguments.runs, outs)
     for name in chosen:
         flags, method, given, base, count = METHODS[name]
-        commands = {"floor": floor(zoo[: count + 1], outs[2]), "ours": ours([*flags, "--shard-size", "400MB"], zoo, base, count, outs[0])}
+        commands = {
+            "floor": floor(zoo[: count + 1], outs[2]),
+            "ours": ours([*flags, "--shard-size", "400MB"], zoo, base, count, outs[0]),
+        }
         if method is not None and arguments.mergekit:
             commands["mergekit"] = theirs(method, given, zoo, base, count, outs[1], arguments.mergekit)
         result = paired(commands, arguments.runs, outs)
@@ -194,7 +208,11 @@ def memory(arguments: argparse.Namespace) -> dict[str, object]:
         result = paired(commands, 1, [out])
         table[f"{parameters(hidden, layers) / 1e9:.2f} B"] = result
         for name, row in result.items():
-            print(f"{parameters(hidden, layers) / 1e9:.2f} B {name}: {row['wall']:.1f} s, {row['peak'] / 1e6:.0f} MB", file=sys.stderr, flush=True)
+            print(
+                f"{parameters(hidden, layers) / 1e9:.2f} B {name}: {row['wall']:.1f} s, {row['peak'] / 1e6:.0f} MB",
+                file=sys.stderr,
+                flush=True,
+            )
     return table
 
 
@@ -247,7 +265,10 @@ def in_memory(arguments: argparse.Namespace) -> dict[str, object]:
             code = _IN_MEMORY.format(here=str(Path(__file__).parent), tasks=8, numel=arguments.numel, which=which)
             done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
             found[which].append([float(value) for value in done.stdout.split()])
-    result = {w: {"wall": statistics.median(r[0] for r in rows), "peak": max(r[1] for r in rows), "sum": rows[0][2]} for w, rows in found.items()}
+    result = {
+        w: {"wall": statistics.median(r[0] for r in rows), "peak": max(r[1] for r in rows), "sum": rows[0][2]}
+        for w, rows in found.items()
+    }
     print(
         f"n = 8, d = {arguments.numel / 1e6:.0f} M: reference {result['reference']['wall']:.1f} s, {result['reference']['peak'] / 1e9:.2f} GB; "
         f"ours {result['ours']['wall']:.1f} s, {result['ours']['peak'] / 1e9:.2f} GB: {result['reference']['wall'] / result['ours']['wall']:.1f}x faster, "
@@ -272,7 +293,13 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     arguments.sizes = [tuple(int(part) for part in size.split("x")) for size in arguments.sizes]
-    table = in_memory(arguments) if arguments.in_memory else memory(arguments) if arguments.memory else against_mergekit(arguments)
+    table = (
+        in_memory(arguments)
+        if arguments.in_memory
+        else memory(arguments)
+        if arguments.memory
+        else against_mergekit(arguments)
+    )
     if arguments.json:
         print(json.dumps(table, indent=2))
 

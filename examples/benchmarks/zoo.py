@@ -1,6 +1,6 @@
 """A synthetic Llama-shaped zoo for benchmarks: a base and fine-tunes of any size, bf16, sharded, with config.json.
 
-    python examples/benchmarks/zoo.py OUT --layers 24 --hidden 1024 --tasks 4
+python examples/benchmarks/zoo.py OUT --layers 24 --hidden 1024 --tasks 4
 """
 
 import argparse
@@ -46,15 +46,26 @@ def pieces(seed: int, numel: int, *, tuned: int | None) -> Iterator[tuple[int, T
         yield start, values
 
 
-def build(out: Path, *, hidden: int, layers: int, vocabulary: int = 32000, tasks: int = 4, shard: str = "400MB") -> list[Path]:
+def build(
+    out: Path, *, hidden: int, layers: int, vocabulary: int = 32000, tasks: int = 4, shard: str = "400MB"
+) -> list[Path]:
     """Makes (or finds) the zoo; returns base and fine-tunes."""
     tensors = shapes(hidden, layers, vocabulary)
     infos = {name: TensorInfo(shape, torch.bfloat16) for name, shape in tensors.items()}
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
-        "intermediate_size": hidden * 11 // 4, "num_hidden_layers": layers, "num_attention_heads": max(1, hidden // 64),
-        "num_key_value_heads": max(1, hidden // 64), "vocab_size": vocabulary, "tie_word_embeddings": False,
-        "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16", "hidden_act": "silu",
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": hidden * 11 // 4,
+        "num_hidden_layers": layers,
+        "num_attention_heads": max(1, hidden // 64),
+        "num_key_value_heads": max(1, hidden // 64),
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "torch_dtype": "bfloat16",
+        "hidden_act": "silu",
     }
     paths = [out / "base", *(out / f"ft{i + 1}" for i in range(tasks))]
     for number, path in enumerate(paths):

@@ -173,7 +173,7 @@ def merge_command(
     other: Literal["refuse", "save", "drop"],
     **flags: Any,
 ) -> None:
-    """Merge models by a recipe, or by flags.
+    r"""Merge models by a recipe, or by flags.
 
     \b
     taskvec merge RECIPE.yaml OUT

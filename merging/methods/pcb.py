@@ -144,7 +144,8 @@ def _kept(row: list[object], largest: float, numel: int) -> int:
     from taskvec.order import OrderStatistic
 
     cut, top = row
-    assert isinstance(cut, OrderStatistic) and isinstance(top, OrderStatistic)
+    assert isinstance(cut, OrderStatistic)
+    assert isinstance(top, OrderStatistic)
     if largest == 0 or top.value == cut.value <= 0:
         return 0
     return top.equal if top.value == cut.value else numel - cut.below - cut.equal

@@ -20,11 +20,28 @@ def test_help_imports_nothing_heavy():
 
 def test_the_package_itself_imports_without_torch():
     code = "import sys, taskvec, merging\nprint([m for m in ('torch', 'pydantic', 'numpy') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 def test_a_merge_by_flags_is_the_merge_by_the_recipe_they_print(zoo, tmp_path, run):
-    flags = ["--base", zoo.base, "--method", "pcb", "-p", "density=0.2", "-w", "1", "-w", "0.5", "--seed", "4", tmp_path / "a", *zoo.tuned[:2]]
+    flags = [
+        "--base",
+        zoo.base,
+        "--method",
+        "pcb",
+        "-p",
+        "density=0.2",
+        "-w",
+        "1",
+        "-w",
+        "0.5",
+        "--seed",
+        "4",
+        tmp_path / "a",
+        *zoo.tuned[:2],
+    ]
     code, recipe, _ = run("merge", "--dry-run", *flags)
     assert code == 0 and not (tmp_path / "a").exists()
     (tmp_path / "r.yaml").write_text(recipe)
@@ -143,7 +160,10 @@ def slow_zoo(tmp_path_factory):
     base = {f"layers.{i}.weight": torch.randn(700, 900, generator=generator) for i in range(6)}
     write(in_memory(base), folder / "base")
     for index in range(3):
-        write(in_memory({k: v + 0.1 * torch.randn(v.shape, generator=generator) for k, v in base.items()}), folder / f"ft{index}")
+        write(
+            in_memory({k: v + 0.1 * torch.randn(v.shape, generator=generator) for k, v in base.items()}),
+            folder / f"ft{index}",
+        )
     return folder
 
 

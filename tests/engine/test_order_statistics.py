@@ -27,7 +27,9 @@ def statistics(stack, ranks, *, how=None, of=lambda tile: tile.stack, pieces=1, 
         return lambda tile: tile.stack[0]
 
     parts = {f"w{i}": part for i, part in enumerate(stack.split(-(-stack.shape[1] // pieces), 1))}
-    outcome = sweep(StackDeltas(parts), [Stage("probe", "combine", plan)], lambda tile: None, options=Options(**options))
+    outcome = sweep(
+        StackDeltas(parts), [Stage("probe", "combine", plan)], lambda tile: None, options=Options(**options)
+    )
     return found[0], outcome
 
 
@@ -36,7 +38,10 @@ def by_sorting(stack, ranks):
     for row, wanted in zip(stack.numpy(), ranks):
         ordered = np.sort(row)
         result.append(
-            [OrderStatistic(float(ordered[k]), int((row < ordered[k]).sum()), int((row == ordered[k]).sum())) for k in wanted]
+            [
+                OrderStatistic(float(ordered[k]), int((row < ordered[k]).sum()), int((row == ordered[k]).sum()))
+                for k in wanted
+            ]
         )
     return result
 
@@ -47,7 +52,9 @@ KINDS = {
     "mostly zeros": lambda g, n: torch.randn(n, generator=g) * (torch.rand(n, generator=g) < 0.2),
     "bf16 ties": lambda g, n: torch.randn(n, generator=g).bfloat16().float(),
     "constant": lambda g, n: torch.full((n,), 0.25),
-    "layers of different scale": lambda g, n: torch.randn(n, generator=g) * 10 ** (torch.arange(n) // (n // 7) % 4 - 4.0),
+    "layers of different scale": lambda g, n: (
+        torch.randn(n, generator=g) * 10 ** (torch.arange(n) // (n // 7) % 4 - 4.0)
+    ),
     "two values": lambda g, n: (torch.rand(n, generator=g) < 0.5).float() - 0.5,
 }
 
@@ -114,7 +121,9 @@ def test_small_inputs_at_any_rank(size, seed, kind, share):
     assert statistics(stack, ranks, how="radix")[0] == expected
 
 
-@pytest.mark.parametrize("options", [{"workers": 1}, {"workers": 3}, {"tile": 1 << 15}, {"tile": 1 << 18}, {"memory": 1 << 20}])
+@pytest.mark.parametrize(
+    "options", [{"workers": 1}, {"workers": 3}, {"tile": 1 << 15}, {"tile": 1 << 18}, {"memory": 1 << 20}]
+)
 def test_cutting_and_threads_change_nothing(options):
     size = 500_000
     stack = torch.randn(2, size, generator=torch.Generator().manual_seed(2)).bfloat16().float()

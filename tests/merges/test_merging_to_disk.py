@@ -34,7 +34,11 @@ def test_provenance_tells_everything_and_verify_believes_only_what_it_sees(zoo, 
     assert found["seed"] == 3 and found["recipe"]["base"] == str(zoo.base)
     assert [entry["name"] for entry in found["inputs"]] == ["base", "ft1", "ft2", "ft3"]
     assert found["inputs"][1]["content_hash"] == Checkpoint.open(zoo.tuned[0]).content_hash()
-    assert set(found["norms"]) == {"ft1", "ft2", "ft3"} and set(found["statistics"]["pcb"]["kept"]) == {"ft1", "ft2", "ft3"}
+    assert set(found["norms"]) == {"ft1", "ft2", "ft3"} and set(found["statistics"]["pcb"]["kept"]) == {
+        "ft1",
+        "ft2",
+        "ft3",
+    }
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as opened:
         assert json.loads(opened.metadata()["taskvec"])["outputs"] == found["outputs"]
     card = (tmp_path / "out" / "README.md").read_text()
@@ -87,7 +91,14 @@ def test_an_average_needs_no_base_and_the_first_model_lends_its_config(zoo, tmp_
 def test_the_result_loads_in_transformers(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=32, tie_word_embeddings=True)
+    config = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=32,
+        tie_word_embeddings=True,
+    )
     base = LlamaForCausalLM(config)
     base.save_pretrained(tmp_path / "base")
     for index in range(2):
@@ -117,7 +128,10 @@ def test_tied_tensors_count_once_and_are_written_as_the_base_stores_them(zoo, tm
     assert torch.equal(merged["lm_head.weight"], merged["model.embed_tokens.weight"])
     assert made.provenance["tensors"]["merged"] == len(zoo.base_state) - 1
     apart = zoo.tune("apart", seed=9)
-    with pytest.raises(RecipeError, match=r"apart: lm_head\.weight and model\.embed_tokens\.weight are one tensor in the base, but differ"):
+    with pytest.raises(
+        RecipeError,
+        match=r"apart: lm_head\.weight and model\.embed_tokens\.weight are one tensor in the base, but differ",
+    ):
         carry_out(zoo.recipe(tasks=[str(apart)], method="pcb"), tmp_path / "other")
 
 
@@ -141,8 +155,12 @@ def test_patterns_choose_what_is_merged(zoo, tmp_path):
     merged, tuned = load_file(tmp_path / "out" / "model.safetensors"), load_file(zoo.tuned[0] / "model.safetensors")
     assert "model.norm.weight" not in merged
     assert torch.equal(merged["lm_head.weight"], zoo.base_state["lm_head.weight"])
-    assert torch.equal(merged["model.layers.0.self_attn.q_proj.weight"], zoo.base_state["model.layers.0.self_attn.q_proj.weight"])
-    assert not torch.equal(merged["model.layers.0.mlp.up_proj.weight"], zoo.base_state["model.layers.0.mlp.up_proj.weight"])
+    assert torch.equal(
+        merged["model.layers.0.self_attn.q_proj.weight"], zoo.base_state["model.layers.0.self_attn.q_proj.weight"]
+    )
+    assert not torch.equal(
+        merged["model.layers.0.mlp.up_proj.weight"], zoo.base_state["model.layers.0.mlp.up_proj.weight"]
+    )
     assert "model.norm.weight" in tuned
 
 
@@ -151,16 +169,26 @@ def test_weights_by_pattern_and_over_depth(zoo, tmp_path):
     carry_out(zoo.recipe(tasks=[{"path": str(zoo.tuned[0]), "weight": weight}, str(zoo.tuned[1])]), tmp_path / "out")
     merged = load_file(tmp_path / "out" / "model.safetensors")
     one, two = (load_file(path / "model.safetensors") for path in zoo.tuned[:2])
-    for name, factor in (("model.layers.0.mlp.up_proj.weight", 0), ("model.layers.1.mlp.up_proj.weight", 1), ("lm_head.weight", 2), ("model.norm.weight", 0)):
+    for name, factor in (
+        ("model.layers.0.mlp.up_proj.weight", 0),
+        ("model.layers.1.mlp.up_proj.weight", 1),
+        ("lm_head.weight", 2),
+        ("model.norm.weight", 0),
+    ):
         base = zoo.base_state[name]
-        torch.testing.assert_close(merged[name], base + factor * (one[name] - base) + (two[name] - base), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            merged[name], base + factor * (one[name] - base) + (two[name] - base), rtol=1e-5, atol=1e-5
+        )
 
 
 def test_densities_by_pattern_need_statistics_by_tensor(zoo, tmp_path):
     parameters = {"density": {"*mlp*": 0.5, "default": 1.0}}
     with pytest.raises(RecipeError, match="values by pattern or depth need `statistics: tensor`"):
         carry_out(zoo.recipe(method="ties", parameters=parameters), tmp_path / "out")
-    carry_out(zoo.recipe(method="magnitude", parameters=parameters, statistics="tensor", tasks=[str(zoo.tuned[0])]), tmp_path / "out")
+    carry_out(
+        zoo.recipe(method="magnitude", parameters=parameters, statistics="tensor", tasks=[str(zoo.tuned[0])]),
+        tmp_path / "out",
+    )
     merged, tuned = load_file(tmp_path / "out" / "model.safetensors"), load_file(zoo.tuned[0] / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
     changed = int((merged[name] != zoo.base_state[name]).sum())
@@ -180,7 +208,11 @@ def test_vocabularies_of_another_size_are_resized_only_on_request(zoo, tmp_path,
         carry_out(data, tmp_path / "out")
     carry_out({**data, "resize": {"*embed_tokens*": how, "lm_head.*": how}}, tmp_path / "out")
     merged = load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"]
-    one, two, base = load_file(small / "model.safetensors"), load_file(zoo.tuned[1] / "model.safetensors"), zoo.base_state
+    one, two, base = (
+        load_file(small / "model.safetensors"),
+        load_file(zoo.tuned[1] / "model.safetensors"),
+        zoo.base_state,
+    )
     assert merged.shape == (rows, 16)
     expected = one["lm_head.weight"][:20] + two["lm_head.weight"][:20] - base["lm_head.weight"][:20]
     torch.testing.assert_close(merged[:20], expected, rtol=1e-5, atol=1e-5)
@@ -241,7 +273,9 @@ def test_an_interrupted_run_resumes_from_its_finished_shards(zoo, tmp_path, monk
     assert not (tmp_path / "out").exists() and list(tmp_path.glob("out.partial-*"))
     said, again = [], []
     with monkeypatch.context() as patch:
-        patch.setattr(CheckpointWriter, "write", lambda self, name, *a, **k: (again.append(name), write(self, name, *a, **k))[1])
+        patch.setattr(
+            CheckpointWriter, "write", lambda self, name, *a, **k: (again.append(name), write(self, name, *a, **k))[1]
+        )
         carry_out({**data, "workers": 1}, tmp_path / "out", resume=True, notice=said.append)
     assert any("tensors are finished and verified" in message for message in said)
     assert 0 < len(again) < len(zoo.base_state)
@@ -264,12 +298,21 @@ def test_a_partial_output_of_another_recipe_is_removed_and_said_so(zoo, tmp_path
 def test_overwrite_swaps_in_the_new_merge_whole(zoo, tmp_path):
     carry_out(zoo.recipe(output={"shard_size": "4kB"}), tmp_path / "out")
     carry_out(zoo.recipe(method="ties"), tmp_path / "out", overwrite=True)
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["README.md", "config.json", "model.safetensors", "taskvec.json"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "taskvec.json",
+    ]
     assert verify(tmp_path / "out", deep=True)
 
 
 def test_norms_that_differ_are_warned_of(zoo, tmp_path):
-    big = zoo.tune("big", seed=4, change=lambda s: s.update({k: zoo.base_state[k] + 9 * (v - zoo.base_state[k]) for k, v in s.items()}))
+    big = zoo.tune(
+        "big",
+        seed=4,
+        change=lambda s: s.update({k: zoo.base_state[k] + 9 * (v - zoo.base_state[k]) for k, v in s.items()}),
+    )
     made = carry_out(zoo.recipe(tasks=[str(big), str(zoo.tuned[0])]), tmp_path / "out")
     assert any("the norms of the task vectors differ by a factor of" in warning for warning in made.warnings)
 

@@ -12,7 +12,14 @@ from merging import merge_stacks
 from taskvec.errors import NonFiniteError, ParameterError
 from taskvec.sweep import Options, Outcome
 
-CASES = ["a_n1_gauss_small", "b_n2_gauss", "c_n3_student3", "d_n4_blocks_bf16", "e_n8_student2_wide", "f_n5_gauss_keepall"]
+CASES = [
+    "a_n1_gauss_small",
+    "b_n2_gauss",
+    "c_n3_student3",
+    "d_n4_blocks_bf16",
+    "e_n8_student2_wide",
+    "f_n5_gauss_keepall",
+]
 
 
 def pcb(stack, *, outcome=None, **parameters):

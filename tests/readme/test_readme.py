@@ -18,7 +18,12 @@ def block(language: str, containing: str) -> str:
 
 @pytest.fixture
 def place(zoo, tmp_path, monkeypatch):
-    for source, name in ((zoo.base, "llama"), (zoo.tuned[0], "llama-math"), (zoo.tuned[1], "llama-code"), (zoo.tuned[2], "llama-chat-lora")):
+    for source, name in (
+        (zoo.base, "llama"),
+        (zoo.tuned[0], "llama-math"),
+        (zoo.tuned[1], "llama-code"),
+        (zoo.tuned[2], "llama-chat-lora"),
+    ):
         source.rename(tmp_path / name)
     (tmp_path / "recipe.yaml").write_text(block("yaml", "base: llama"))
     monkeypatch.chdir(tmp_path)

@@ -25,7 +25,9 @@ def out(tmp_path):
 
 
 def test_unknown_keys_come_with_their_line_and_the_nearest_known(tmp_path):
-    text = "base: b\nmethod: ties\ntasks:\n  - path: a\n    wieght: 2\nparamters: {density: 0.2}\noutput: {dtyp: bf16}\n"
+    text = (
+        "base: b\nmethod: ties\ntasks:\n  - path: a\n    wieght: 2\nparamters: {density: 0.2}\noutput: {dtyp: bf16}\n"
+    )
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(RecipeError) as error:
         Recipe.load(tmp_path / "r.yaml")
@@ -98,7 +100,13 @@ def test_filters_that_match_nothing(zoo, out):
         ),
         out, "matches no tensor",
     )  # fmt: skip
-    for words in ("include: the pattern '*.attention.*'", "exclude: the pattern 'visual.*'", "keep_base: the pattern 'lm_haed*'", "resize: the pattern '*wte*'", "weight of ft1: the pattern '*mpl*'"):
+    for words in (
+        "include: the pattern '*.attention.*'",
+        "exclude: the pattern 'visual.*'",
+        "keep_base: the pattern 'lm_haed*'",
+        "resize: the pattern '*wte*'",
+        "weight of ft1: the pattern '*mpl*'",
+    ):
         assert words in said
 
 
@@ -134,17 +142,31 @@ def test_extra_missing_and_misshapen_tensors_are_listed_together(zoo, out):
         state["lm_head.weight"] = torch.zeros(16, 24)
 
     said = refused(zoo.recipe(tasks=[str(zoo.tune("odd", change=change))]), out, "odd")
-    for words in ("1 tensors are not in", "vision.weight", "1 tensors of", "are missing: model.norm.weight", "odd has [16, 24]", "has [24, 16]", "`exclude` leaves tensors out"):
+    for words in (
+        "1 tensors are not in",
+        "vision.weight",
+        "1 tensors of",
+        "are missing: model.norm.weight",
+        "odd has [16, 24]",
+        "has [24, 16]",
+        "`exclude` leaves tensors out",
+    ):
         assert words in said
 
 
 def test_another_architecture(zoo, out, tmp_path):
     save_file({"encoder.weight": torch.zeros(3)}, tmp_path / "other.safetensors")
-    refused(zoo.recipe(tasks=[str(tmp_path / "other.safetensors")]), out, "has none of the 9 tensors .* Another architecture, or another prefix")
+    refused(
+        zoo.recipe(tasks=[str(tmp_path / "other.safetensors")]),
+        out,
+        "has none of the 9 tensors .* Another architecture, or another prefix",
+    )
 
 
 def test_the_same_model_twice_and_the_base_as_a_task(zoo, out, tmp_path):
-    said = refused(zoo.recipe(tasks=[str(zoo.tuned[0]), str(zoo.tuned[0] / ".." / "ft1"), str(zoo.base)]), out, "is there twice")
+    said = refused(
+        zoo.recipe(tasks=[str(zoo.tuned[0]), str(zoo.tuned[0] / ".." / "ft1"), str(zoo.base)]), out, "is there twice"
+    )
     assert "is the base itself; its task vector is zero" in said
     copy = tmp_path / "copy"
     copy.mkdir()
@@ -168,13 +190,19 @@ def test_methods_with_a_number_of_models(zoo, out):
 
 
 def test_a_base_is_asked_for_where_it_is_needed(zoo, out):
-    refused({"tasks": [str(zoo.tuned[0])], "method": "ties"}, out, "ties works on differences to a base; name the model")
+    refused(
+        {"tasks": [str(zoo.tuned[0])], "method": "ties"}, out, "ties works on differences to a base; name the model"
+    )
 
 
 def test_an_adapter_without_its_base(zoo, out, tmp_path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    refused({"tasks": [str(tmp_path / "adapter")], "method": "average"}, out, "an adapter is a change to its base; name the base")
+    refused(
+        {"tasks": [str(tmp_path / "adapter")], "method": "average"},
+        out,
+        "an adapter is a change to its base; name the base",
+    )
 
 
 def test_quantised_checkpoints_are_not_averaged_as_if_codes_were_numbers(zoo, out):
@@ -191,8 +219,17 @@ def test_float8_with_scales_is_refused_and_plain_float8_is_read_as_numbers(zoo, 
     plain = zoo.tune("plain8", seed=1, change=with_scale)
     merge(Recipe.from_data(zoo.recipe(tasks=[str(plain)])), tmp_path / "fine")
     merged = load_file(tmp_path / "fine" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
-    torch.testing.assert_close(merged, load_file(plain / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].float(), rtol=1e-6, atol=1e-6)
-    scaled = zoo.tune("scaled8", seed=1, change=lambda s: (with_scale(s), s.update({"model.layers.0.mlp.up_proj.weight_scale_inv": torch.ones(1)})))
+    torch.testing.assert_close(
+        merged,
+        load_file(plain / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].float(),
+        rtol=1e-6,
+        atol=1e-6,
+    )
+    scaled = zoo.tune(
+        "scaled8",
+        seed=1,
+        change=lambda s: (with_scale(s), s.update({"model.layers.0.mlp.up_proj.weight_scale_inv": torch.ones(1)})),
+    )
     refused(zoo.recipe(tasks=[str(scaled)]), out, "a quantised checkpoint .*up_proj.weight.*Dequantise it first")
 
 

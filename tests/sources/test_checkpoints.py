@@ -22,8 +22,20 @@ from taskvec.errors import (
 )
 from taskvec.writer import write
 
-KINDS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
-         torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
+KINDS = [
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+]
 
 
 def raw_file(path: Path, header: object, data: bytes = b"") -> Path:
@@ -244,7 +256,10 @@ def test_a_missing_shard_and_an_index_that_disagrees_are_named(tmp_path, zoo):
     write(Checkpoint.open(zoo.base), tmp_path / "m", shard_size=4000)
     index = tmp_path / "m" / "model.safetensors.index.json"
     found = json.loads(index.read_text())
-    found["weight_map"]["model.norm.weight"], kept = sorted(set(found["weight_map"].values()))[0], found["weight_map"]["model.norm.weight"]
+    found["weight_map"]["model.norm.weight"], kept = (
+        sorted(set(found["weight_map"].values()))[0],
+        found["weight_map"]["model.norm.weight"],
+    )
     found["weight_map"]["ghost"] = kept
     index.write_text(json.dumps(found))
     with pytest.raises(CorruptFileError, match="disagree on 2 tensors: ghost"):

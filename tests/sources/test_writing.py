@@ -44,7 +44,9 @@ def test_shards_are_planned_as_the_hub_library_plans_them(zoo, tmp_path):
 def test_transformers_loads_a_sharded_output(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=32)
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=32
+    )
     model = LlamaForCausalLM(config)
     model.save_pretrained(tmp_path / "in")
     out = write(Checkpoint.open(tmp_path / "in"), tmp_path / "out", shard_size=4000)
@@ -54,7 +56,11 @@ def test_transformers_loads_a_sharded_output(tmp_path):
 
 def test_pieces_in_any_order_give_the_same_digests(tmp_path):
     values = torch.randn(10)
-    infos = {"w": TensorInfo((10,), torch.float32), "empty": TensorInfo((0, 3), torch.float32), "x": TensorInfo((), torch.int64)}
+    infos = {
+        "w": TensorInfo((10,), torch.float32),
+        "empty": TensorInfo((0, 3), torch.float32),
+        "x": TensorInfo((), torch.int64),
+    }
     for name, order in (("a", (0, 5)), ("b", (5, 0))):
         with CheckpointWriter(tmp_path / name, infos) as writer:
             for start in order:
@@ -92,9 +98,12 @@ def test_float16_overflow_is_an_error_and_leaves_nothing(tmp_path):
 
 
 def test_a_tensor_that_was_never_written_is_an_error(tmp_path):
-    with pytest.raises(OutputError, match="1 tensors were never written: b"), CheckpointWriter(
-        tmp_path / "m", {"a": TensorInfo((1,), torch.float32), "b": TensorInfo((1,), torch.float32)}
-    ) as writer:
+    with (
+        pytest.raises(OutputError, match="1 tensors were never written: b"),
+        CheckpointWriter(
+            tmp_path / "m", {"a": TensorInfo((1,), torch.float32), "b": TensorInfo((1,), torch.float32)}
+        ) as writer,
+    ):
         writer.write("a", torch.zeros(1))
         writer.finish()
     assert list(tmp_path.iterdir()) == []
@@ -171,7 +180,9 @@ def test_small_files_appear_whole(tmp_path):
     assert leftovers(tmp_path) == []
 
 
-@pytest.mark.parametrize(("text", "count"), [("5GB", 5 * 10**9), ("2GiB", 2**31), ("400 mb", 4 * 10**8), (7, 7), ("1.5kB", 1500)])
+@pytest.mark.parametrize(
+    ("text", "count"), [("5GB", 5 * 10**9), ("2GiB", 2**31), ("400 mb", 4 * 10**8), (7, 7), ("1.5kB", 1500)]
+)
 def test_sizes_are_read_with_their_units(text, count):
     assert byte_count(text) == count
 
