@@ -66,6 +66,8 @@ class MergeMethod:
         passes: passes over the inputs in the common case.
         data: what it needs beside the models.
         contributions: whether it can return the parts of its merge, one for each task.
+        copies: float32 copies of a tensor that its kernel makes beside the stack, where it sees tensors whole and makes
+            more than a few (measured with four tasks on square matrices); the memory budget counts them.
         whole_if: tells from the parameters whether it must see whole tensors although `unit` is "element".
         either_space: whether it has a meaning on differences to a base as well as on weights (`space` is the default).
     """
@@ -82,6 +84,7 @@ class MergeMethod:
     data: Needs = "nothing"
     cost: str = "O(T) per element"
     contributions: bool = False
+    copies: int = 0
     whole_if: Callable[[Mapping[str, Any]], bool] | None = None
     either_space: bool = False
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
@@ -132,7 +135,8 @@ class MergeMethod:
 
     def stage(self, parameters: Mapping[str, Any]) -> Stage:
         """The method with its (bound) parameters, ready for the engine."""
-        return Stage(self.name, self.role, lambda deltas: self.start(deltas, **parameters), self.unit_of(parameters))
+        unit = self.unit_of(parameters)
+        return Stage(self.name, self.role, lambda deltas: self.start(deltas, **parameters), unit, self.copies)
 
     def unit_of(self, parameters: Mapping[str, Any]) -> Unit:
         """The least it must see at once with these parameters."""

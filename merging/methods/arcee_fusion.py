@@ -13,7 +13,12 @@ _FLOOR = 1e-8  # added to both distributions, as in mergekit
 
 
 @merge_method(
-    "arcee_fusion", paper="https://github.com/arcee-ai/mergekit", unit="tensor", statistics="tensor", tasks=(1, 1)
+    "arcee_fusion",
+    paper="https://github.com/arcee-ai/mergekit",
+    unit="tensor",
+    copies=8,
+    statistics="tensor",
+    tasks=(1, 1),
 )
 def arcee_fusion(deltas: Deltas, *, spread: NonNegative = 1.5) -> Kernel:
     """Take those changes to the base whose importance stands out, and leave the rest.

@@ -9,7 +9,7 @@ from taskvec.deltas import Deltas, Tile
 from taskvec.plan import Kernel
 
 
-@merge_method("cart", paper="arXiv:2412.12153", unit="tensor", cost="T SVDs per matrix")
+@merge_method("cart", paper="arXiv:2412.12153", unit="tensor", copies=12, cost="T SVDs per matrix")
 def cart(deltas: Deltas, *, share: Share = 0.08, gain: Number = 1.0, averaged: Patterns = ()) -> Kernel:
     """Average the models, and add what each has beside the average, in its largest directions only.
 

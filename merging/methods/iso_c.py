@@ -10,7 +10,7 @@ from taskvec.deltas import Deltas, Tile
 from taskvec.plan import Plan, Report
 
 
-@merge_method("iso_c", paper="arXiv:2502.04959", unit="tensor", cost="1 SVD per matrix")
+@merge_method("iso_c", paper="arXiv:2502.04959", unit="tensor", copies=6, cost="1 SVD per matrix")
 def iso_c(
     deltas: Deltas,
     *,

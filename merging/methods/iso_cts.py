@@ -12,7 +12,7 @@ from taskvec.deltas import Deltas, Tile
 from taskvec.plan import Plan, Report
 
 
-@merge_method("iso_cts", paper="arXiv:2502.04959", unit="tensor", cost="T + 3 SVDs per matrix")
+@merge_method("iso_cts", paper="arXiv:2502.04959", unit="tensor", copies=24, cost="T + 3 SVDs per matrix")
 def iso_cts(
     deltas: Deltas,
     *,

@@ -11,7 +11,7 @@ from taskvec.deltas import Deltas, Tile
 from taskvec.plan import Plan, Report
 
 
-@merge_method("knots", paper="arXiv:2410.19735", unit="tensor", cost="1 SVD of [m, T n] per matrix")
+@merge_method("knots", paper="arXiv:2410.19735", unit="tensor", copies=44, cost="1 SVD of [m, T n] per matrix")
 def knots(
     deltas: Deltas,
     *,

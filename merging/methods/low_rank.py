@@ -9,7 +9,9 @@ from taskvec.deltas import Deltas, Tile
 from taskvec.plan import Kernel
 
 
-@merge_method("low_rank", paper="doi:10.1007/BF02288367", role="preprocess", unit="tensor", cost="T SVDs per matrix")
+@merge_method(
+    "low_rank", paper="doi:10.1007/BF02288367", role="preprocess", unit="tensor", copies=12, cost="T SVDs per matrix"
+)
 def low_rank(
     deltas: Deltas,
     *,

@@ -7,7 +7,12 @@ from taskvec.plan import Plan, Report
 
 
 @merge_method(
-    "regmean", paper="arXiv:2212.09849", unit="tensor", data="statistics", cost="T products with n × n and one solve"
+    "regmean",
+    paper="arXiv:2212.09849",
+    unit="tensor",
+    copies=24,
+    data="statistics",
+    cost="T products with n × n and one solve",
 )
 def regmean(
     deltas: Deltas, *, statistics_files: Files, off_diagonal: Fraction = 0.9, ridge: NonNegative = 1e-6

@@ -10,6 +10,7 @@ from taskvec.plan import Plan, Report
     "regmean_pp",
     paper="arXiv:2508.03121",
     unit="tensor",
+    copies=24,
     data="statistics",
     cost="T products with n × n and one solve",
 )

@@ -8,7 +8,9 @@ from taskvec.deltas import Deltas, Tile
 from taskvec.plan import Plan, Report
 
 
-@merge_method("subspace_boosting", paper="arXiv:2506.16506", role="postprocess", unit="tensor", cost="1 SVD per matrix")
+@merge_method(
+    "subspace_boosting", paper="arXiv:2506.16506", role="postprocess", unit="tensor", copies=4, cost="1 SVD per matrix"
+)
 def subspace_boosting(deltas: Deltas, *, share: Fraction, excluded: Patterns = ()) -> Plan:
     """Lift every small singular value of the merged vector to the last of the large ones.
 

@@ -10,7 +10,12 @@ from taskvec.plan import Kernel
 
 
 @merge_method(
-    "svc", paper="arXiv:2602.05536", role="postprocess", unit="tensor", cost="1 SVD and T products per matrix"
+    "svc",
+    paper="arXiv:2602.05536",
+    role="postprocess",
+    unit="tensor",
+    copies=12,
+    cost="1 SVD and T products per matrix",
 )
 def svc(deltas: Deltas, *, floor: Positive = 1.0, excluded: Patterns = ()) -> Kernel:
     """Shrink those directions of the merged vector that count what the tasks share several times.

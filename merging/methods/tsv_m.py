@@ -9,7 +9,7 @@ from taskvec.deltas import Deltas, Tile
 from taskvec.plan import Plan, Report
 
 
-@merge_method("tsv_m", paper="arXiv:2412.00081", unit="tensor", cost="T + 2 SVDs per matrix")
+@merge_method("tsv_m", paper="arXiv:2412.00081", unit="tensor", copies=20, cost="T + 2 SVDs per matrix")
 def tsv_m(deltas: Deltas, *, averaged: Patterns = ("*text_projection*",)) -> Plan:
     """Give each task its share of a matrix's rank, and take apart the directions on which tasks interfere.
 

@@ -16,6 +16,7 @@ from taskvec.plan import Kernel
     "wudi",
     paper="arXiv:2503.08099",
     unit="tensor",
+    copies=32,
     cost="adam: a product of m × n and n × n for each step; ridge: T Gram matrices and one solve",
 )
 def wudi(
