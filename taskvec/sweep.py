@@ -194,6 +194,7 @@ class _Sweep:
         self._squares = [0] * len(deltas.tasks)
         self._digests: dict[tuple[int, str], SegmentDigest] = {}
         self._stop = threading.Event()
+        self._local = threading.local()
         self._late: list[tuple[Stage, Report]] = []
         self._uploaded: Any = None
         self.readers = self.workers
@@ -428,7 +429,7 @@ class _Sweep:
             end = min(begin + size, stop)
             tile = self._kept.get((name, begin))
             if tile is None:
-                tile = self.deltas.tile(name, begin, end, watch)
+                tile = self._read(name, begin, end, watch)
                 if first:
                     self._examine(tile)
                 if self.options.device != "cpu" and tile.stack.device.type == "cpu":
@@ -438,10 +439,23 @@ class _Sweep:
         if watch is not None:
             watch.close()
 
+    def _read(self, name: str, start: int, stop: int, watch: "_Watch | None") -> Tile:
+        """A tile; one that will not be kept lies in memory that this thread uses again for the next."""
+        if isinstance(self.deltas, ModelDeltas) and not self.whole and self.options.device == "cpu":
+            size = len(self.deltas.tasks) * (stop - start) * 4
+            if not self._more_passes or self._keep_budget < 2 * size:
+                if getattr(self._local, "room", None) is None:
+                    self._local.room = torch.empty(len(self.deltas.tasks) * self.tile)
+                return self.deltas.tile(name, start, stop, watch, self._local.room)
+        return self.deltas.tile(name, start, stop, watch)
+
     def _keep(self, tile: Tile) -> None:
         if self._keep_budget <= 0 or not self._more_passes:
             return
         size = tile.stack.numel() * tile.stack.element_size() + (0 if tile.base is None else tile.base.numel() * 4)
+        room = getattr(self._local, "room", None)
+        if room is not None and tile.stack.data_ptr() == room.data_ptr():
+            return
         with self._lock:
             if size <= self._keep_budget:
                 self._keep_budget -= size
@@ -517,7 +531,8 @@ class _Sweep:
             parts = []
             for name, info in self.deltas.infos.items():
                 for tile in self._tiles(name, 0, info.numel, not self._read_once) if info.numel else ():
-                    parts.append(sample.of(self._through(tile)).reshape(-1, tile.stop - tile.start))
+                    # a copy, since the tile's memory may be used again for the next one
+                    parts.append(sample.of(self._through(tile)).reshape(-1, tile.stop - tile.start).clone())
             self._read_once = True
             return torch.cat(parts, -1), True
         blocks = sample_blocks(self.deltas, sample.size)
