@@ -4,7 +4,7 @@ import fnmatch
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -27,6 +27,7 @@ from merging.learn.objectives import (
     accuracy,
     moved,
 )
+from merging.learn.select import Selection, select
 from taskvec.coefficients import Coefficients, Region
 from taskvec.errors import DataError, MismatchError, NotFoundError, Problems, UsageError, did_you_mean
 from taskvec.source import TensorInfo, TensorSource
@@ -88,6 +89,7 @@ class Setup:
     names: Mapping[str, str]
     base: TensorSource
     hashes: Mapping[str, str] = field(default_factory=dict)
+    selection: Selection | None = None
 
 
 def learn(
@@ -159,6 +161,8 @@ def as_file(made: Setup, found: Fit, use: str) -> Coefficients:
     """The run's coefficients under the checkpoint's names, with what they were learned from."""
     names = made.names
     learned = made.composition.learned()
+    if made.selection is not None:
+        learned = made.selection.unstitched(learned)
     own = {names.get(name, name) for name in (*learned.regions, *learned.kept, *learned.aliases)}
     kept = [names[name] for name in learned.kept if name in names]
     kept += [name for name in made.base.infos if name not in own and name not in made.base.aliases]
@@ -169,7 +173,8 @@ def as_file(made: Setup, found: Fit, use: str) -> Coefficients:
         if first in regions and other not in regions:
             aliases[other] = first
     config = made.config.model_dump(mode="json", exclude_defaults=True)
-    return made.composition.learned(
+    return replace(
+        learned,
         regions=cast(Mapping[str, Region], regions),
         kept=tuple(dict.fromkeys(name for name in kept if name not in aliases)),
         aliases={a: b for a, b in aliases.items() if a != b},
@@ -206,9 +211,11 @@ def setup(config: LearnConfig) -> Setup:
     objective = _objective(config, heads)
     data = {name: _data(config, name, spec, tokenizer) for name, spec in config.data.items()}
     held = {name: _data(config, name, spec, tokenizer, held_out=True) for name, spec in config.evaluation.items()}
+    batches = _batches(config, data)
+    selection = _selected(config, model, vectors, objective, batches) if config.select is not None else None
     composition = Composition(
         model,
-        vectors,
+        vectors if selection is None else selection.vectors,
         config.granularity,
         (config.partitions.parts, config.partitions.seed) if config.partitions else None,
         config.mode,
@@ -225,11 +232,30 @@ def setup(config: LearnConfig) -> Setup:
         model,
         composition,
         objective,
-        _batches(config, data),
+        batches,
         _evaluation(config, held, heads, device) if held else None,
         names,
         base,
         hashes,
+        selection,
+    )
+
+
+def _selected(
+    config: LearnConfig, model: nn.Module, vectors: Mapping[str, Vector], objective: Objective, batches: Any
+) -> Selection:
+    assert config.select is not None  # the caller checked
+    wanted = config.select
+    if wanted.strategy == "random":
+        return select(vectors, wanted.budget, "random", seed=config.seed)
+    return select(
+        vectors,
+        wanted.budget,
+        wanted.strategy,
+        model=model,
+        objective=objective,
+        batches=batches(0),
+        normalize=wanted.normalize,
     )
 
 

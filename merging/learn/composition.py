@@ -286,6 +286,8 @@ class Composition:
             problems.raise_if_any(MismatchError)
             values = values.values
         if isinstance(values, Tensor):
+            if values.dim() == 1 and self._coefficients.shape == (*values.shape, 1):
+                values = values[:, None]  # one block: a number for each task says the same
             if values.shape != self._coefficients.shape:
                 raise UsageError(
                     f"coefficients: shape {list(values.shape)}; expected {list(self._coefficients.shape)} "

@@ -119,6 +119,14 @@ class ConstraintSpec(Strict):
     sum_to_one: bool = False
 
 
+class SelectSpec(Strict):
+    """Which task vectors, or blocks of them, are kept; see `merging.learn.select`."""
+
+    budget: Positive
+    strategy: Literal["random", "gradient", "gradient-block"] = "gradient-block"
+    normalize: bool = False
+
+
 class NegationSpec(Strict):
     """Which data are unlearned, which are kept."""
 
@@ -143,6 +151,7 @@ class LearnConfig(Strict):
         pool, normalize, logit_scale: from the model's output to the head's input, and from its output to logits.
         objective: `supervised`, `entropy`, `causal_lm`, `negation`, or `module:function` that makes one.
         exclude: patterns of parameters that keep the base's value; their tensors need not fit.
+        select: keep only so many task vectors' worth of blocks; the file has zeros for what was left out.
         initial: a number, or a coefficients file.
         batch: rows per task and step.
     """
@@ -164,6 +173,7 @@ class LearnConfig(Strict):
     exclude: list[str] = []
     granularity: Literal["global", "layer", "block", "matrix", "row", "column", "qkv"] = "block"
     partitions: PartitionSpec | None = None
+    select: SelectSpec | None = None
     mode: Literal["nonlinear", "linear"] = "nonlinear"
     statistics: Literal["keep", "average"] = "keep"
     initial: float | str = 0.0
@@ -212,6 +222,13 @@ class LearnConfig(Strict):
             problems.append("keep: best needs `evaluation`")
         if self.patience and not self.evaluation:
             problems.append("patience: needs `evaluation`")
+        if self.select is not None:
+            if self.select.budget > len(self.tasks):
+                problems.append(f"select.budget: {self.select.budget} of {len(self.tasks)} tasks")
+            if self.select.strategy == "gradient-block" and self.granularity != "block":
+                problems.append("select: gradient-block needs `granularity: block`")
+            if isinstance(self.initial, str):
+                problems.append("select, initial: a file of coefficients cannot start a selection")
         if self.epochs and self.steps:
             problems.append("epochs, steps: give one of them")
         if ":" not in self.model and not re.fullmatch(r"\w+", self.model):

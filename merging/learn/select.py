@@ -63,18 +63,22 @@ class Selection:
     winners: Mapping[str, tuple[str, ...]] | None = None
 
     def unstitched(self, learned: Coefficients) -> Coefficients:
-        """Coefficients learned on stitched vectors, as coefficients of the original task vectors, for baking.
+        """Coefficients learned on the selection, as coefficients of all the original task vectors, for baking.
 
         Raises:
-            UsageError: nothing was stitched, or the granularity is not `block`.
+            UsageError: stitched vectors were learned with another granularity than `block`.
         """
-        if self.winners is None or learned.granularity != "block":
-            raise UsageError("unstitched: only for `gradient-block` with granularity `block`.")
+        if self.winners is not None and learned.granularity != "block":
+            raise UsageError(f"unstitched: granularity `{learned.granularity}`; stitched vectors need `block`.")
         shape = (len(self.tasks), *learned.values.shape[1:])
         values = torch.zeros(shape, dtype=learned.values.dtype)
-        for name, region in learned.regions.items():
-            for pick, task in enumerate(self.winners.get(name, ())):
-                values[self.tasks.index(task), region.column] += learned.values[pick, region.column]
+        if self.winners is None:
+            for row, task in enumerate(learned.tasks):
+                values[self.tasks.index(task)] = learned.values[row]
+        else:
+            for name, region in learned.regions.items():
+                for pick, task in enumerate(self.winners.get(name, ())):
+                    values[self.tasks.index(task), region.column] += learned.values[pick, region.column]
         return replace(learned, values=values, tasks=self.tasks, task_hashes={})
 
 

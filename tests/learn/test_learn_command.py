@@ -98,6 +98,8 @@ def invoke(command, *args):
         {"granularity": "row"},
         {"granularity": "layer", "partitions": {"parts": 3, "seed": 5}, "bank_dtype": "float16"},
         {"exclude": ["pooler.*", "embeddings.*"], "bank": "disk"},
+        {"select": {"budget": 1}},
+        {"select": {"budget": 1, "strategy": "gradient"}, "granularity": "layer"},
     ],
 )
 def test_learned_coefficients_bake_into_the_composed_weights(zoo, tmp_path, more):
@@ -109,7 +111,10 @@ def test_learned_coefficients_bake_into_the_composed_weights(zoo, tmp_path, more
     assert run.steps == 9
     assert math.isfinite(run.losses[-1])
     assert Coefficients.load(tmp_path / "atlas.safetensors").values.equal(learned.values)
-    made = atlas.setup(config)
+    if "select" in more:
+        assert (learned.values == 0).any(dim=0).all()  # what was left out
+        more = {key: value for key, value in more.items() if key != "select"}
+    made = atlas.setup(LearnConfig.from_data(settings(zoo, **more)))
     made.composition.coefficients = learned.values
     recipe = {
         "method": "task_arithmetic",
