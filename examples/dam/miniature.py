@@ -13,7 +13,7 @@ import math
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -162,14 +162,14 @@ def vectors_of(models: Mapping[str, torch.nn.Module]) -> dict[str, Any]:
     return {task: model.state_dict() for task, model in models.items()}
 
 
-def one_seed(arguments: tuple[int, str, int, str, bool]) -> None:
-    seed, part, steps, out, wide = arguments
+def one_seed(arguments: tuple[int, str, int, str, bool, int, int]) -> None:
+    seed, part, steps, out, wide, tune_steps, kinds = arguments
     torch.set_num_threads(1)
-    place = world(seed)
+    place = world(seed, steps=tune_steps, base_steps=tune_steps // 2)
     file = Path(out) / f"seed-{seed}.json"
     # a run that was stopped goes on where it was
     results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    for trigger in TRIGGERS[part]:
+    for trigger in TRIGGERS[part][:kinds]:
         if f"one model: {trigger.name}" in results:
             continue
         bad = {"digits": (trigger, place.poisoned("digits", trigger))}
@@ -256,6 +256,8 @@ def main(arguments: list[str] | None = None) -> str:
     parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--part", choices=("test", "validation"), default="test")
+    parser.add_argument("--tune-steps", type=int, default=300, help="fine-tuning steps of each model")
+    parser.add_argument("--triggers", type=int, default=3, help="how many kinds of trigger")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument(
         "--wide-seeds", type=int, default=1, help="first seeds with every row, and with two and all models poisoned"
@@ -264,14 +266,15 @@ def main(arguments: list[str] | None = None) -> str:
     Path(chosen.out).mkdir(parents=True, exist_ok=True)
     seeds = [int(seed) for seed in chosen.seeds.split(",")]
     jobs = [
-        (seed, chosen.part, chosen.steps, chosen.out, number < chosen.wide_seeds) for number, seed in enumerate(seeds)
+        (seed, chosen.part, chosen.steps, chosen.out, number < chosen.wide_seeds, chosen.tune_steps, chosen.triggers)
+        for number, seed in enumerate(seeds)
     ]
-    each: Callable[..., Any] = map
     if chosen.processes > 1 and len(jobs) > 1:
         with multiprocessing.get_context("spawn").Pool(chosen.processes) as pool:
             pool.map(one_seed, jobs, chunksize=1)
     else:
-        list(each(one_seed, jobs))
+        for job in jobs:
+            one_seed(job)
     text = summary(Path(chosen.out))
     (Path(chosen.out) / "dam.txt").write_text(text + "\n")
     print(text)

@@ -8,8 +8,9 @@ the parameters (θ0, T, θ, its gradient, the logits, Adam's two moments) whatev
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -139,7 +140,7 @@ class MaskedModel:
         vectors: task vectors in task order.
         names: which parameters to merge (default: all floating ones that a task vector changes).
         min_elements: parameters smaller than this are merged whole, without a mask.
-        vector_device: unused vectors stay where they are; each tensor is moved when it is summed.
+        kernels: use the fused GPU kernels where they apply, never, or also without a GPU (Triton's interpreter).
 
     Raises:
         MismatchError: names or shapes that do not fit.
@@ -153,6 +154,7 @@ class MaskedModel:
         *,
         names: Sequence[str] | None = None,
         min_elements: int = 1,
+        kernels: Literal["auto", "never", "always"] = "auto",
     ) -> None:
         self.module, self.vectors = module, dict(vectors)
         parameters = dict(module.named_parameters())
@@ -168,11 +170,13 @@ class MaskedModel:
         flat: dict[torch.dtype, list[str]] = {}
         for name in chosen:
             flat.setdefault(parameters[name].dtype, []).append(name)
+        self._one_buffer = len(flat) == 1
         pieces: dict[str, tuple[Tensor, Tensor]] = {}
         for dtype, members in flat.items():
             sizes = [parameters[name].numel() for name in members]
             theta = torch.empty(sum(sizes), dtype=dtype, device=self.device)
             gradient = torch.zeros_like(theta)
+            self._flat = (theta, gradient)
             pieces.update(zip(members, zip(theta.split(sizes), gradient.split(sizes), strict=True), strict=True))
         self.segments: list[Segment] = []
         start = 0
@@ -195,6 +199,22 @@ class MaskedModel:
             )
             start = stop
         self._frozen: list[tuple[nn.Parameter, bool, Tensor | None]] = []
+        self.kernels = self._kernels(kernels)
+        self._means: tuple[MaskLogits, Draw, Tensor] | None = None
+
+    def _kernels(self, wanted: Literal["auto", "never", "always"]) -> Any:
+        """The fused kernels, where they apply: one float32 buffer on a GPU, every parameter masked."""
+        fits = all(s.masked and s.original.dtype == torch.float32 and s.original.is_contiguous() for s in self.segments)
+        there = find_spec("triton") is not None and (self.device.type == "cuda" or wanted == "always")
+        if wanted == "never" or not (fits and there):
+            return None
+        from merging.learn.mask_kernels import MaskKernels
+
+        return MaskKernels([s.numel for s in self.segments], [s.original for s in self.segments], self.device)
+
+    def _keys(self, draw: Draw) -> Tensor:
+        keys = [noise_key(draw.seed, draw.step, segment.name) for segment in self.segments]
+        return torch.tensor(keys, dtype=torch.int32).to(self.device, non_blocking=True)
 
     def _names(self, parameters: Mapping[str, nn.Parameter], names: Sequence[str] | None) -> list[str]:
         problems = Problems()
@@ -258,6 +278,15 @@ class MaskedModel:
             masks: each with the draw to use.
             total: T if it is not the model's own, flat.
         """
+        self._means = None
+        if self.kernels is not None and len(masks) == 1 and self._fused(*masks[0]):
+            mask, draw = masks[0]
+            theta = self._flat[0]
+            means = self.kernels.compose_(
+                mask.logits, self._keys(draw), self.total if total is None else total, theta, mask.temperature
+            )
+            self._means = (mask, draw, means)
+            return
         for segment in self.segments:
             source = segment.total if total is None else total[segment.start : segment.stop]
             if not masks or not segment.masked:
@@ -276,8 +305,11 @@ class MaskedModel:
             losses: yields scalar losses one after the other, so that each graph is freed before the next is built.
         """
         for segment in self.segments:
-            segment.gradient.zero_()
+            if not self._one_buffer:
+                segment.gradient.zero_()
             segment.parameter.grad = segment.gradient.view(segment.original.shape)
+        if self._one_buffer:
+            self._flat[1].zero_()
         values: list[Tensor] = []
         try:
             for loss in losses():
@@ -298,9 +330,20 @@ class MaskedModel:
             total: what the mask multiplied, flat, if not the model's own T.
         """
         mask.steps += 1
+        if self._means is not None and self._means[:2] == (mask, draw):
+            source = self.total if total is None else total
+            moments = (mask.logits, mask.first, mask.second)
+            numbers = (mask.temperature, mask.lr, mask.steps)
+            self.kernels.step_(*moments, self._keys(draw), self._means[2], source, self._flat[1], *numbers)
+            self._means = None
+            return
         for segment in self.segments:
             if segment.masked:
                 mask.adam_(segment, self.mask_gradient(segment, mask, draw, total))
+
+    @staticmethod
+    def _fused(mask: MaskLogits, draw: Draw) -> bool:
+        return mask.rescaled and draw.kind == "sample" and draw.uniform is None
 
     def mask_gradient(self, segment: Segment, mask: MaskLogits, draw: Draw, total: Tensor | None = None) -> Tensor:
         """∂L/∂ℓ of one segment from its ∂L/∂θ."""
