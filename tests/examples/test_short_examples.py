@@ -14,6 +14,8 @@ PROMISED = {
     "merge_lora": r"merged 2 adapters into 28832 parameters; logits differ from math alone by up to 0\.\d+",
     "task_vectors": r"norms 1\.\d+ and 1\.\d+, cosine [+-]0\.\d+\noutputs moved by \d\.\d+, then back",
 }
+# tests/readme runs it against README.md
+ELSEWHERE = {"readme_tables"}
 # peft 0.21 reads a property that transformers 5.23 calls deprecated
 PEFT = r"ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
 
@@ -28,4 +30,4 @@ def test_script_prints_what_it_promises(name, tmp_path, monkeypatch, capsys):
 
 def test_no_short_script_is_left_untested():
     scripts = {path.stem for path in EXAMPLES.glob("*.py")} - {"__init__"}
-    assert scripts == set(PROMISED)
+    assert scripts == set(PROMISED) | ELSEWHERE
