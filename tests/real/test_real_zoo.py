@@ -73,6 +73,7 @@ def test_merged_image_network_keeps_the_statistics_of_its_batch_norms():
 
 def test_language_base_reads_like_english_and_its_head_is_tied():
     needs("smollm2", "stdlib")
+    pytest.importorskip("gguf")  # of the extra `examples`
     base = language.build_base()
     perplexity = language.evaluate(base, domains=["speeches"], limit=4)["speeches"]
     assert 10 < perplexity < 100
