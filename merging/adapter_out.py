@@ -354,6 +354,8 @@ class _Live:
 
     def fused_by_peft(self) -> set[str]:
         """Last parts of names that PEFT takes for per-expert matrices of this model and fuses, if it does."""
+        if self.model is None:
+            return set()
         try:
             from peft.utils import transformers_weight_conversion as conversion
         except ImportError:

@@ -185,9 +185,11 @@ class _Opening:
     doubled: set[str] = field(default_factory=set)
     names: Names = field(init=False)
     layouts: Layouts = field(init=False)
+    embedding: str | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.names, self.layouts = Names(self.base), Layouts(self.base)
+        self.embedding = self._input_embedding()
 
     def run(self) -> dict[str, Change]:
         modules, others = self._sorted_keys()
@@ -302,12 +304,11 @@ class _Opening:
         """The input embedding, for a head that the base does not store because it is tied to it."""
         if not is_head(f"{module}.weight") or self._says_tied() is False:
             return None
-        embedding = self._input_embedding()
-        if embedding is None:
+        if self.embedding is None:
             return None
-        rows = self.base.infos[embedding].shape[0]
+        rows = self.base.infos[self.embedding].shape[0]
         own = [self.weights.infos[key].shape for key in self.weights.infos if f".{module}." in f".{key}"]
-        return embedding if any(rows in shape for shape in own) else None
+        return self.embedding if any(rows in shape for shape in own) else None
 
     def _canonical(self, name: str) -> str:
         return self.base.aliases.get(name, name)
@@ -328,7 +329,7 @@ class _Opening:
             return False
         if name in self.base.aliases.values():
             return True
-        if name != self._input_embedding() or self._says_tied() is False or not self._has_language_head():
+        if name != self.embedding or self._says_tied() is False or not self._has_language_head():
             return False
         shape = self.base.infos[name].shape
         return not any(is_head(other) and info.shape == shape for other, info in self.base.infos.items())

@@ -329,9 +329,10 @@ def finite(values: Tensor, tensor: str, source: str) -> Tensor:
         NonFiniteError: it holds NaN or infinity.
     """
     # a sum is finite only if all its terms are, and costs a fifth of looking at each
-    if values.dtype in (torch.float32, torch.float64) and bool(torch.isfinite(values.sum())):
+    wide = values.dtype if values.dtype == torch.float64 else torch.float32
+    if bool(torch.isfinite(values.sum(dtype=wide))):
         return values
-    bad = int((~torch.isfinite(values)).sum())
+    bad = int((~torch.isfinite(values.to(wide))).sum())  # float8 has no isfinite of its own
     if bad:
         raise NonFiniteError(tensor, source, bad)
     return values

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from taskvec import lora
 from taskvec.adapter import Adapter
+from taskvec.errors import NonFiniteError
 from taskvec.source import in_memory
 
 sizes = st.integers(1, 9)
@@ -87,3 +88,19 @@ def test_a_large_delta_has_the_same_bits_by_pieces_and_with_any_number_of_thread
             assert torch.equal(torch.cat(pieces), whole)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float32, torch.float64]
+)
+def test_every_stored_dtype_is_looked_through_for_nan(dtype):
+    whole = torch.ones(5).to(dtype)
+    assert lora.finite(whole, "w", "adapter") is whole
+    spoilt = torch.tensor([1.0, float("nan"), 2.0, float("nan")]).to(dtype)
+    with pytest.raises(NonFiniteError, match="w: adapter holds 2 NaN"):
+        lora.finite(spoilt, "w", "adapter")
+
+
+def test_finite_values_whose_sum_is_not_are_finite():
+    large = torch.full((4,), 3e38)
+    assert lora.finite(large, "w", "adapter") is large
