@@ -23,7 +23,7 @@ from examples.real_zoo.data import data_folder, fetch, read, read_all
 from merging.edits import JetPack, Optimisation, check, edit_in_place, edit_widen
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-FORMS = ("widen", "widen-raw", "jetpack", "fold", "in-place", "in-place-surrogate")
+FORMS = ("widen", "widen-raw", "jetpack", "fold", "in-place", "in-place-contrast")
 
 
 def base_folder() -> Path:
@@ -111,11 +111,9 @@ def made(
     if form == "widen-raw":
         return edit_widen(model, facts, tokenizer, **several)
     if form == "in-place":
-        return edit_in_place(model, facts, tokenizer, **several, corpus=corpus, neuron="least-used")
-    if form == "in-place-surrogate":
-        return edit_in_place(
-            model, facts, tokenizer, **several, corpus=corpus, detector="surrogate", neuron="least-used"
-        )
+        return edit_in_place(model, facts, tokenizer, **several, corpus=corpus)
+    if form == "in-place-contrast":
+        return edit_in_place(model, facts, tokenizer, **several, corpus=corpus, detector="contrast")
     pack = JetPack.fit(model, facts, tokenizer, **several, corpus=corpus, to_fold=form == "fold")
     return pack if form == "jetpack" else pack.fold(model)
 

@@ -1,7 +1,6 @@
 """`taskvec edit`: correct chosen answers of a language model; list, apply and undo edits."""
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +69,7 @@ def _making(command: Callable[..., None]) -> Callable[..., None]:
     help="auto: widen where it is exact, else in place.",
 )
 @click.option("--detector", default="auto", show_default=True, help="auto, affine, tangent, surrogate or contrast.")
-@click.option("--neuron", default="auto", show_default=True, help="In place: quietest, least-used or an index.")
+@click.option("--neuron", default="auto", show_default=True, help="In place: auto, quietest, least-used or an index.")
 @click.option(
     "--file-only", is_flag=True, help="OUT is a file of edits, to be applied later; no checkpoint is written."
 )
@@ -110,11 +109,10 @@ def stealth(
         if options["response"] is not None:
             common["response"] = options["response"]
         chosen: Any = neuron
-        if neuron == "auto":
-            chosen = "quietest" if compat else "least-used"
-        elif neuron.isdigit():
+        if neuron.isdigit():
             chosen = int(neuron)
-        made = edit_in_place(loaded, requests, tokenizer, detector=detector, neuron=chosen, compat=compat, **common)  # type: ignore[arg-type]
+        authors: Any = compat
+        made = edit_in_place(loaded, requests, tokenizer, detector=detector, neuron=chosen, compat=authors, **common)
     listed = made if isinstance(made, list) else [made]
     changing = [one for one in listed if not one.changes_nothing]
     if file_only:
@@ -263,12 +261,12 @@ def plan(
     **options: Any,
 ) -> None:
     """Say before editing MODEL which layer, which kind, which theta, and what bound."""
-    from merging.edits import plan as planned
+    from merging.edits import plan_edits
     from merging.edits.stealth import Request, read_requests
 
     requests = [Request(one.prompt, "x", one.paraphrases) for one in read_requests(prompts, need_target=False)]
     loaded, tokenizer = _load(model, options["dtype"], options["device"])
-    found = planned(
+    found = plan_edits(
         loaded,
         requests,
         tokenizer,
@@ -335,7 +333,7 @@ def _load(model: str, dtype: str | None, device: str) -> tuple[Any, Any]:
     from taskvec.errors import NotAModelError, NotFoundError
     from taskvec.precision import dtype_named
 
-    if os.path.exists(model) and not os.path.isfile(os.path.join(model, "config.json")):
+    if Path(model).exists() and not (Path(model) / "config.json").is_file():
         raise NotAModelError(f"{model}: no config.json; a folder that transformers can load is needed to edit a model.")
     try:
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto" if dtype is None else dtype_named(dtype))
@@ -414,7 +412,7 @@ def _lines(path: str) -> list[str]:
 def _check_free(out: str, overwrite: bool) -> None:
     from taskvec.errors import OutputExistsError
 
-    if os.path.exists(out) and not overwrite:
+    if Path(out).exists() and not overwrite:
         raise OutputExistsError(f"{out}: exists already. Choose another name, or pass --overwrite.")
 
 

@@ -21,7 +21,7 @@ _HOME = {
     "edit_widen": "stealth",
     "edited": "edit",
     "load_edits": "edit",
-    "plan": "report",
+    "plan_edits": "report",
     "read_requests": "stealth",
     "save_edits": "edit",
     "undo_edits": "edit",
@@ -32,7 +32,7 @@ _HOME = {
     "intrinsic_dimension": "dimension",
 }
 
-__all__ = [*_HOME]  # noqa: PLE0604
+__all__ = [*_HOME]
 
 
 def __getattr__(name: str) -> Any:

@@ -304,7 +304,7 @@ def load_edits(path: str | PathLike[str]) -> list[Edit]:
             if metadata.get("format") != FORMAT:
                 raise EditError(f"{path}: not a file of edits (its header does not say {FORMAT!r}).")
             described = json.loads(metadata["edits"])
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError, KeyError) as error:
         raise CorruptFileError(f"{path}: cannot be read as a file of edits ({error}).") from error
     edits = []

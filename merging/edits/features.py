@@ -209,6 +209,37 @@ def surrogate_constant(
     return constant / constant.norm()
 
 
+class Moments:
+    """Sums over features on the sphere from which the constant of every trigger among them follows without another pass.
+
+    Args:
+        features: [n, d], MLP inputs of other text and of all triggers; duplicates count once.
+        sphere: of the norm before the MLP.
+
+    Raises:
+        EditError: fewer distinct features than dimensions.
+    """
+
+    def __init__(self, features: Features, sphere: Sphere):
+        check_finite(features, "features of other text")
+        self._sphere = sphere.double()
+        points = torch.unique(self._sphere.project(features.double()), dim=0)
+        if points.shape[0] < sphere.width:
+            raise EditError(
+                f"Too few features for a surrogate bias: {points.shape[0]} distinct ones, at least {sphere.width} (the "
+                "model's width) are needed and several times as many are better. Give a longer corpus."
+            )
+        self._count, self._first, self._second = points.shape[0], points.sum(dim=0), points.T @ points
+
+    def constant(self, trigger: Vector) -> Vector:
+        """`surrogate_constant` of a trigger that is among the features."""
+        tau = self._sphere.project(trigger.double())
+        cross = torch.outer(self._first, tau)
+        moment = (self._second - cross - cross.T + self._count * torch.outer(tau, tau)) / (self._count - 1)
+        constant = torch.linalg.solve(moment, tau)
+        return constant / constant.norm()
+
+
 def surrogate_detector(
     trigger: Vector,
     others: Features,
@@ -217,6 +248,7 @@ def surrogate_detector(
     theta: float = THETA,
     response: float = RESPONSE,
     ridge: float = 0.0,
+    constant: Vector | None = None,
 ) -> Detector:
     """A detector for MLPs without a bias (the authors' second type): a τ + q a(θ − |τ|²)/<q, τ>.
 
@@ -229,10 +261,12 @@ def surrogate_detector(
         theta: half-width of the cone in cosine.
         response: pre-activation at the trigger.
         ridge: see `surrogate_constant`.
+        constant: the functional, if it is known already (from `Moments`).
     """
     check_theta(theta, response)
     check_finite(trigger, "trigger")
-    constant = surrogate_constant(trigger, others, sphere, ridge=ridge)
+    if constant is None:
+        constant = surrogate_constant(trigger, others, sphere, ridge=ridge)
     double = sphere.double()
     tau = double.project(trigger.double())
     slope = response / theta

@@ -353,7 +353,8 @@ class JetPack:
         states = iter(optimise.losses(model, [s for plan in plans for s in plan.sequences]))
         open_plans = []
         for plan in plans:
-            if all([next(states)[1] for _ in plan.sequences]):
+            own = [next(states) for _ in plan.sequences]
+            if all(good for _, good in own):
                 self.skipped.append(_entry(plan, {"already": True}))
             else:
                 open_plans.append(plan)

@@ -175,7 +175,8 @@ def _optimise(site: Site, sequences: Sequence[Sequence_], settings: Optimisation
         greedy = torch.zeros_like(done)
         steps = torch.zeros(len(sequences), dtype=torch.long)
         for step in range(settings.steps + 1):
-            residual = moves * unit
+            with torch.enable_grad():
+                residual = moves * unit
 
             def change(output: Tensor, residual: Tensor = residual) -> Tensor:
                 # some MLPs see all tokens in one row (OPT)
@@ -312,7 +313,7 @@ def _shortcut(layer: nn.Module, hidden: Tensor | None, as_tuple: bool) -> Iterat
     def forward(*_: Any, **__: Any) -> Any:
         return (hidden,) if as_tuple else hidden
 
-    layer.forward = forward  # type: ignore[method-assign]
+    layer.forward = forward
     try:
         yield
     finally:

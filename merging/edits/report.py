@@ -17,7 +17,7 @@ from torch import nn
 
 from merging.edits import optimise, stealth
 from merging.edits.edit import Edit, Patch, apply_to_model, check_compatible, undo_on_model
-from merging.edits.features import THETA
+from merging.edits.features import RESPONSE, THETA
 from merging.edits.optimise import Sequence_, device_of, logits_of, padded
 from merging.edits.site import Site, decoder_layers, evaluating
 from merging.edits.stealth import Requests, Text
@@ -387,7 +387,7 @@ class Plan:
 
 
 @torch.no_grad()
-def plan(
+def plan_edits(
     model: nn.Module,
     requests: Requests,
     tokenizer: Any = None,
@@ -424,12 +424,18 @@ def plan(
     half = site.dtype in (torch.float16, torch.bfloat16)
     if site.kind == "jet-pack":
         form, kind = "jet-pack", "centred cone"
+    elif half:
+        form, kind = "jet-pack", "centred cone"
+        why.append(
+            "A neuron stored in 16 bits rounds its own pre-activation and needs a theta several times larger, which "
+            "neighbouring prompts may fall into; the side block is kept in float32 and keeps the small one."
+        )
     elif site.kind in ("affine", "optional-bias"):
         form, kind = "widen", "tangent"
     else:
         form, kind = "jet-pack", "centred cone"
         why.append(
-            "Neurons without a bias are exact nowhere; a jet-pack is. In place or widened it would be 'contrast'."
+            "Neurons without a bias are exact nowhere; a jet-pack is. In place or widened it would be 'surrogate'."
         )
     noise = stealth.feature_noise(site, ids, centroid)
     chosen = stealth.chosen_theta(noise) if theta is None else theta
@@ -459,7 +465,7 @@ def plan(
         kind=kind,
         form=form,
         theta=chosen,
-        response=stealth.PLATEAU if half and form == "widen" else stealth.RESPONSE,
+        response=stealth.PLATEAU if half and form == "widen" else RESPONSE,
         plateau=half,
         why=tuple(why),
         site=site.describe(),

@@ -72,8 +72,9 @@ class Projection:
 
     def weights(self) -> Annotated[Tensor, "neurons d"]:
         """A view: one row a neuron, whichever way the weight is stored."""
-        weight = self.module.weight.detach()
+        weight = self.module.weight
         assert isinstance(weight, Tensor)
+        weight = weight.detach()
         view = weight if self.axis == 0 else weight.T
         return view[self.offset : self.offset + self.neurons]
 
@@ -277,8 +278,8 @@ def _features(module: nn.Module) -> tuple[int, int, bool] | None:
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features, False
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-        rows, columns = module.weight.shape  # type: ignore[misc, union-attr]
-        return int(rows), int(columns), True  # type: ignore[arg-type]
+        rows, columns = module.weight.shape  # type: ignore[misc]
+        return int(rows), int(columns), True
     return None
 
 

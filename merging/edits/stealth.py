@@ -12,6 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -26,6 +27,7 @@ from merging.edits.features import (
     RESPONSE,
     THETA,
     Detector,
+    Moments,
     Sphere,
     affine_detector,
     calibrated,
@@ -295,10 +297,8 @@ class stopping_after:
 
 
 def run_until_stopped(model: nn.Module, ids: Tensor) -> None:
-    try:
+    with suppress(_Enough):
         model(input_ids=ids, use_cache=False)
-    except _Enough:
-        pass
 
 
 def corpus_ids(tokenizer: Any, corpus: Sequence[Text], *, length: int = 128) -> list[tuple[int, ...]]:
@@ -398,7 +398,7 @@ def edit_in_place(
     response: float = RESPONSE,
     corpus: Sequence[Text] | None = None,
     detector: str = "auto",
-    neuron: Literal["quietest", "least-used"] | int = "quietest",
+    neuron: Literal["auto", "quietest", "least-used"] | int = "auto",
     protect: Sequence[Text] = (),
     optimisation: Optimisation | None = None,
     chat: bool = False,
@@ -417,9 +417,11 @@ def edit_in_place(
         response: pre-activation at the trigger (Δ).
         corpus: other texts (or ids). Needed where the neurons have no bias, at least as many tokens as the model is wide.
         detector: "auto"; "affine" or "tangent" (need a bias); "surrogate" (the authors', without a bias) or "contrast"
-            (without a bias: least squares against the corpus).
-        neuron: which to replace: "quietest" (smallest L1 norm of its row), "least-used" (smallest mean effect on `corpus`),
-            or an index for a single edit.
+            (without a bias: least squares against the corpus; less steep, so that rounding moves it little, but siblings of
+            the prompt fall into it more easily).
+        neuron: which to replace: "quietest" (smallest L1 norm of its row, as the authors), "least-used" (smallest mean effect
+            on `corpus`: in SmolLM2 a twelfth of the quietest one's), an index for a single edit, or "auto": the least used
+            where there is a corpus.
         protect: prompts on which no detector may fire.
         optimisation: of the output vectors.
         chat: prompts are a user's turns in the tokenizer's chat template.
@@ -484,8 +486,8 @@ def edit_widen(
         model, requests, tokenizer, layer, theta, protect, optimisation, chat, dtype, progress: as for `edit_in_place`.
         response: pre-activation at the trigger; 50, or 16 on a plateau.
         corpus: other texts; gives the centre of the cone ("tangent"), and the constant where there is no bias.
-        detector: "auto" ("tangent" with a corpus, "affine" without, "contrast" where there can be no bias), or one of
-            these or "surrogate".
+        detector: "auto" ("tangent" with a corpus, "affine" without, "surrogate" where there can be no bias), or one of
+            these or "contrast".
         plateau: answer with a pair of neurons act(f) − act(f − Δ), which is flat above the ramp, so that rounding noise of
             the features has no effect. None: in 16-bit dtypes.
         pad_to: new neurons a layer are a multiple of this.
@@ -554,7 +556,7 @@ def _edit(
     if compat not in (None, "authors"):
         raise EditError(f"compat: {compat!r} is not known; only 'authors' is.")
     if dtype is not None and dtype_named(dtype) != model.dtype:
-        model = copy.deepcopy(model).to(dtype_named(dtype))  # type: ignore[arg-type]
+        model = copy.deepcopy(model).to(dtype_named(dtype))
     plans = prepared(model, tokenizer, wanted, chat=chat)
     _check_duplicates(plans)
     chunks = corpus_ids(tokenizer, corpus) if corpus is not None else None
@@ -642,8 +644,11 @@ class _Session:
         centroid: Tensor | None = None,
     ):
         self.given_centroid = centroid
+        self.guarded = torch.zeros(0, site.width)
         self.form, self.site, self.plans, self.compat = form, site, list(plans), compat
         self.model = site.model
+        if neuron == "auto":
+            neuron = "least-used" if chunks and compat is None else "quietest"
         self.optimisation, self.neuron, self.pad_to = optimisation, neuron, pad_to
         self.background = Background.of(site, chunks) if chunks else None
         self.kind = self._kind(detector)
@@ -675,14 +680,14 @@ class _Session:
         if self.compat == "authors":
             detector = "affine" if biased else "surrogate"
         elif detector == "auto":
-            detector = ("tangent" if has_corpus else "affine") if biased else "contrast"
+            detector = ("tangent" if has_corpus else "affine") if biased else "surrogate"
         if detector in ("affine", "tangent") and not biased:
             raise EditError(
                 f"detector {detector!r} needs a bias, but: {site.reason} "
                 + (
-                    "Widen instead, or take 'contrast'."
+                    "Widen instead, or take 'surrogate'."
                     if site.kind == "optional-bias"
-                    else "Take 'contrast' or a jet-pack."
+                    else "Take 'surrogate' or a jet-pack."
                 )
             )
         if detector != "affine" and not has_corpus:
@@ -698,7 +703,9 @@ class _Session:
 
     # -- detectors -----------------------------------------------------------------------------------------------------
 
-    def _detector(self, feature: Tensor, others: Tensor | None) -> tuple[tuple[Detector, ...], tuple[float, ...]]:
+    def _detector(
+        self, feature: Tensor, others: Tensor | None, moments: Moments | None
+    ) -> tuple[tuple[Detector, ...], tuple[float, ...]]:
         site, dtype = self.site, self.site.dtype
         response = 2 * self.response if self.plateau else self.response
         if self.kind == "affine":
@@ -708,7 +715,10 @@ class _Session:
             made = tangent_detector(feature, site.sphere, self.centroid, theta=self.theta, response=response)
         elif self.kind == "surrogate":
             assert others is not None
-            made = surrogate_detector(feature, others, site.sphere, theta=self.theta, response=response)
+            constant = None if moments is None else moments.constant(feature)
+            made = surrogate_detector(
+                feature, others, site.sphere, theta=self.theta, response=response, constant=constant
+            )
         else:
             assert others is not None
             made = contrast_detector(
@@ -760,7 +770,7 @@ class _Session:
             free = self._least_used(count)
         else:
             raise EditError(
-                f"neuron: {self.neuron!r} is not known." + did_you_mean(self.neuron, ("quietest", "least-used"))
+                f"neuron: {self.neuron!r} is not known." + did_you_mean(self.neuron, ("auto", "quietest", "least-used"))
             )
         taken = iter(free)
         for trigger in triggers:
@@ -832,12 +842,15 @@ class _Session:
         progress: Callable[[int, int], None] | None,
         began: float,
     ) -> list[Edit]:
+        if guarded:
+            self.guarded = torch.stack([own[-1] for own in features_of(self.site, [ids for _, ids in guarded])])
         before = optimise.losses(self.model, [s for plan in self.plans for s in plan.sequences])
         base = content_hash(in_memory(self.model))
         states = iter(before)
         right = []
         for plan in self.plans:
-            right.append(all([next(states)[1] for _ in plan.sequences]))
+            own = [next(states) for _ in plan.sequences]
+            right.append(all(good for _, good in own))
         open_plans = [i for i, already in enumerate(right) if not already]
         made: dict[int, Edit] = {}
         if open_plans and self.compat == "authors":
@@ -875,17 +888,28 @@ class _Session:
         return self._values(indices, result, content_hash(in_memory(self.model)), began)
 
     def _triggers(self, indices: Sequence[int], lengths: Mapping[tuple[int, int], int]) -> list[_Trigger]:
-        triggers = []
-        others = self._others()
+        places = []
         for i in indices:
             for number, sequence in enumerate(self.plans[i].sequences):
+                # a trigger's feature is taken as generation computes it: the sequence alone
                 features = features_of(self.site, [sequence.ids])[0]
                 check_finite(features, f"prompt {_short(self.plans[i].request.prompt)}")
-                for place in range(lengths[(i, number)]):
-                    # a trigger's feature is taken as generation computes it: the sequence up to it, alone
-                    feature = features[len(sequence.prompt) - 1 + place]
-                    detectors, signs = self._detector(feature, others)
-                    triggers.append(_Trigger(i, number, place, feature, detectors, signs))
+                start = len(sequence.prompt) - 1
+                places += [(i, number, place, features[start + place]) for place in range(lengths[(i, number)])]
+        others, moments = self._others(), None
+        if others is not None and self.compat != "authors" and self.kind in ("surrogate", "contrast"):
+            # the other prompts to be edited and the protected ones are what a detector is most easily mistaken about
+            others = torch.cat([others, self.guarded, *(feature[None] for *_, feature in places)])
+            if self.kind == "surrogate":
+                moments = Moments(others, self.site.sphere)
+        triggers = []
+        for row, (i, number, place, feature) in enumerate(places):
+            rest = others
+            if others is not None and self.kind == "contrast":
+                own = len(others) - len(places) + row
+                rest = torch.cat([others[:own], others[own + 1 :]])
+            detectors, signs = self._detector(feature, rest, moments)
+            triggers.append(_Trigger(i, number, place, feature, detectors, signs))
         return triggers
 
     def _together(
@@ -955,7 +979,7 @@ class _Session:
         apply_to_model(self.model, shell)
         try:
             responses, values = self._responses(triggers, keys, sequences)
-            redo = range(len(keys))
+            redo = list(range(len(keys)))
             found: list[optimise.Found | None] = [None] * len(keys)
             if known is not None:
                 # what worked with one trigger is kept; only the others are optimised again

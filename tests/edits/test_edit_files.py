@@ -209,7 +209,7 @@ def test_an_edit_file_with_nan_is_refused(saved, corpus, tmp_path):
     file = tmp_path / "edits.safetensors"
     save_edits(edits, file)
     with safe_open(file, "pt") as opened:
-        metadata, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}
+        metadata, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     tensors["0.0.new"][0] = torch.nan
     save_file(tensors, file, metadata=metadata)
     with pytest.raises(CorruptFileError, match="edit 0 would write NaN or infinity"):
@@ -239,7 +239,7 @@ def run(*arguments: object) -> dict[str, object]:
 
 
 def test_the_commands_make_list_apply_check_and_undo(worded, tmp_path):
-    model, folder = worded
+    _, folder = worded
     edits = tmp_path / "edits.jsonl"
     edits.write_text('{"prompt": "w11 w12 w13", "target": "w7"}\n{"prompt": "w14 w15 w13", "target": "w8 w9"}\n')
     corpus = tmp_path / "corpus.txt"

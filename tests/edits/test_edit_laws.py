@@ -94,7 +94,7 @@ def test_calibration_keeps_the_response_within_one_percent_and_a_plain_cast_does
 def test_a_row_that_a_dtype_cannot_hold_is_refused():
     sphere = Sphere(torch.full((8,), 1e-4))
     trigger = sphere.lift(unit(1, 8, 0)[0])
-    with pytest.raises(EditError, match="does not fit float16.*jet-pack"):
+    with pytest.raises(EditError, match=r"does not fit float16.*jet-pack"):
         calibrated(affine_detector(trigger, sphere), trigger, torch.float16)
 
 
@@ -155,9 +155,7 @@ def test_a_jet_pack_answers_and_is_exactly_silent_elsewhere(family, tiny, corpus
     assert report.largest_logit_change == 0.0
 
 
-@pytest.mark.parametrize(
-    "family", ["gpt2", "gptj", "llama", "mistral", "qwen3", "gemma3_text", "phi3", "nemotron", "mamba"]
-)
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "llama", "mistral", "qwen3", "gemma", "phi3", "nemotron", "mamba"])
 def test_an_edit_in_place_answers_and_is_taken_back_bit_by_bit(family, tiny, corpus):
     model = tiny(family)
     before = state(model)
@@ -178,9 +176,10 @@ def test_an_edit_in_place_answers_and_is_taken_back_bit_by_bit(family, tiny, cor
 @pytest.mark.parametrize("family", ["mistral", "gemma", "phi3"])
 def test_widening_works_without_biases_too(family, tiny, corpus):
     model = tiny(family)
-    edits = edit_widen(model, REQUESTS[:2], layer=1, corpus=corpus, optimisation=FEW)
+    # 32 dimensions are too few for the steep surrogate to tell two prompts apart
+    edits = edit_widen(model, REQUESTS[:2], layer=1, corpus=corpus, detector="contrast", optimisation=FEW)
     assert check(model, edits).success == 1
-    assert {edit.kind for edit in edits} == {"contrast"}
+    assert {edit.widening is None for edit in edits} == {False}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -396,7 +395,7 @@ def test_an_option_that_does_not_fit_is_refused(llama, options, message):
 
 
 def test_an_affine_detector_in_place_without_a_bias_is_refused(llama, corpus):
-    with pytest.raises(EditError, match="needs a bias.*Widen instead"):
+    with pytest.raises(EditError, match=r"needs a bias.*Widen instead"):
         edit_in_place(llama, REQUESTS[0], layer=1, corpus=corpus, detector="affine")
 
 
@@ -408,7 +407,7 @@ def test_one_prompt_cannot_have_two_answers(llama):
 def test_triggers_that_cannot_be_told_apart_are_refused():
     # two triggers that are one: no output weights can give two answers
     trigger = unit(1, 8, 0)
-    with pytest.raises(EditError, match="cannot be told apart at theta 0.005"):
+    with pytest.raises(EditError, match=r"cannot be told apart at theta 0\.005"):
         JetPack.from_features(torch.cat([trigger, trigger]), torch.randn(2, 8), Sphere(torch.ones(8)), torch.zeros(8))
 
 

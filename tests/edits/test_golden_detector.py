@@ -3,16 +3,19 @@
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
 
 from merging.edits.features import (
     Detector,
+    Moments,
     Sphere,
     affine_detector,
     answers_cleanly,
     quietest_neurons,
+    surrogate_constant,
     surrogate_detector,
 )
 
@@ -121,3 +124,11 @@ def test_the_written_row_and_column_are_the_authors(golden, family, kind):
         after[:, neuron] = golden["write.v"]
     assert_close(after.double().sum(), write["after_sum.w2_weight"][0], rtol=1e-6, atol=1e-4)
     assert_close(write["after_w2_col"], golden["write.v"], rtol=0, atol=0)
+
+
+def test_the_constant_from_sums_is_the_one_from_the_features(golden):
+    features, sphere = golden["rms_features"], rms_norm(golden)
+    moments = Moments(torch.cat([features[6:], features[:1]]), sphere)
+    assert_close(
+        moments.constant(features[0]), surrogate_constant(features[0], features[6:], sphere), rtol=1e-6, atol=1e-8
+    )
