@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from merging.learn.atlas import _data, _heads, _model, _tokenizer, _vectors, names_in_checkpoint
 from merging.learn.config import DataSpec, LearnConfig, Strict
-from merging.learn.dam import DamConfig, DamResult, dam_merge
+from merging.learn.dam import DamResult, dam_merge
+from merging.learn.dam_config import DamConfig
 from merging.learn.data import named
 from merging.learn.objectives import Forward
 from merging.learn.security import SecurityReport, Trigger, security_report, token_trigger

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from merging.learn.dam import Batch, Forward, Head, default_forward, evaluating, head_of, task_vectors
+from merging.learn.dam import default_forward, evaluating, head_of, task_vectors
+from merging.learn.mask_training import Batch, Forward, Head
 from merging.learn.masked import MaskedModel
 from taskvec.errors import DataError, ParameterError, UsageError, did_you_mean
 
