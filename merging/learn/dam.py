@@ -30,7 +30,7 @@ from merging.learn.mask_training import (
     prepare,
     train_published,
 )
-from merging.learn.masked import MaskedModel
+from merging.learn.masked import Draw, MaskedModel, MaskLogits
 from merging.learn.masks import Tensors, Vector
 from taskvec.errors import DataError, LearningError, MismatchError, ParameterError, Problems, UsageError, did_you_mean
 from taskvec.source import names_matching
@@ -43,12 +43,14 @@ class DamResult:
     """What DAM made, and how.
 
     `state_dict` is the merged model (every tensor of the base, in its dtype). `masks` holds the final weights of
-    M1 ⊙ M2 as they multiplied the task vectors, `probabilities` the masks' probabilities by role. `history` has one
-    entry per step.
+    M1 ⊙ M2 as they multiplied the task vectors (with `per_task_masks` they are in `task_masks`, by task),
+    `probabilities` the masks' probabilities by role, `history` one entry per step, `scan` the share of inputs that a
+    small inverted trigger sent to each class of each task, `triggers` those kept to train against.
     """
 
     state_dict: dict[str, Tensor]
     masks: dict[str, Tensor]
+    task_masks: dict[str, dict[str, Tensor]]
     probabilities: dict[str, dict[str, Tensor]]
     coefficients: Tensor
     tasks: tuple[str, ...]
@@ -127,16 +129,14 @@ def dam_merge(
                 loop = MaskLoop(trainer, coefficients)
                 loop.run()
                 coefficients, masks = loop.coefficients, loop.final()
-            model.compose_(*masks)
+            if config.per_task_masks:
+                model.compose_each_(masks, coefficients)
+            else:
+                model.compose_(*masks)
             state = {name: tensor.detach().clone() for name, tensor in base.state_dict().items()}
-            weights = {}
-            for segment in model.segments:
-                value = torch.ones_like(segment.total)
-                for own, draw in masks:
-                    if segment.masked:
-                        value *= own.weights(segment, draw)
-                weights[segment.name] = value.view(segment.original.shape)
-            roles = ["M1", "M2"] if len(masks) > 1 else ["M"]
+            each = [_weights(model, [own]) for own in masks] if config.per_task_masks else []
+            weights = {} if config.per_task_masks else _weights(model, masks)
+            roles = list(vectors) if config.per_task_masks else ["M1", "M2"] if len(masks) > 1 else ["M"]
             probabilities = {
                 role: model.named(torch.sigmoid(own.logits), masked_only=True)
                 for role, (own, _) in zip(roles, masks, strict=True)
@@ -144,6 +144,7 @@ def dam_merge(
     return DamResult(
         state,
         weights,
+        dict(zip(vectors, each, strict=True)) if each else {},
         probabilities,
         coefficients,
         tuple(vectors),
@@ -186,6 +187,19 @@ def default_forward(module: nn.Module, batch: Batch) -> Tensor:
     if hidden is not None:
         return hidden[:, 0]
     raise DataError(f"the module returned {type(output).__name__}; pass forward=(module, batch) -> features")
+
+
+def _weights(model: MaskedModel, masks: Sequence[tuple[MaskLogits, Draw]]) -> dict[str, Tensor]:
+    """The product of these masks as it multiplied the task vectors; ones where a parameter is merged whole."""
+    weights = {}
+    with torch.no_grad():
+        for segment in model.segments:
+            value = torch.ones_like(segment.total)
+            for own, draw in masks:
+                if segment.masked:
+                    value *= own.weights(segment, draw)
+            weights[segment.name] = value.view(segment.original.shape)
+    return weights
 
 
 def _check_inputs(base: Any, models: Mapping[str, Any], data: Any, heads: Mapping[str, Any]) -> None:

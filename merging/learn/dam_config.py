@@ -194,6 +194,11 @@ class DamConfig:
             problems.add("safety_source: 'known' needs known_triggers")
         if self.per_task_masks and self.masks == "dual":
             problems.add("per_task_masks: has one mask per task; set masks='single'")
+        learned = isinstance(self.base_merge, str) and self.base_merge != "task_arithmetic"
+        if self.per_task_masks and learned and self.compat is None:
+            problems.add("per_task_masks: with fixed coefficients only; choose another base_merge")
+        if self.noise is not None and self.per_task_masks:
+            problems.add("per_task_masks: recorded noise has one mask only")
         if self.noise is not None and len(self.noise) < self.mask_steps + (self.final_mask != "mean"):
             problems.add(
                 f"noise: {len(self.noise)} draws recorded, {self.mask_steps} mask steps and the final mask need more"

@@ -25,7 +25,7 @@ _SHARED = (
     "batch", "seed", "device", "dtype", "dam",
 )  # fmt: skip
 # given by the configuration's own keys, or not expressible in a file
-_OWN = ("exclude", "batch_size", "known_triggers", "noise", "trace")
+_OWN = ("exclude", "batch_size", "known_triggers", "noise", "trace", "per_task_masks")
 
 
 class DamFile(LearnConfig):

@@ -336,6 +336,13 @@ class MaskLoop:
             self.optimiser = torch.optim.Adam([self.leaf], lr=config.coefficient_lr)
         self.first = MaskLogits(model, config.init_logit, temperature=config.temperature, lr=config.mask_lr)
         self.second: MaskLogits | None = None
+        self.each: list[MaskLogits] = []
+        if config.per_task_masks:
+            others = [
+                MaskLogits(model, config.init_logit, temperature=config.temperature, lr=config.mask_lr)
+                for _ in trainer.tasks[1:]
+            ]
+            self.each = [self.first, *others]
         self.rest: Tensor | None = None
         if config.masks == "dual" and config.safety != "none":
             self.second = MaskLogits(
@@ -372,7 +379,8 @@ class MaskLoop:
     def run(self) -> None:
         trainer, config, model = self.trainer, self.config, self.model
         model.sum_(self.used())
-        guard = _CollapseGuard(config, trainer.tasks, [mask for mask in (self.first, self.second) if mask is not None])
+        masks = self.each or [mask for mask in (self.first, self.second) if mask is not None]
+        guard = _CollapseGuard(config, trainer.tasks, masks)
         for step in range(config.mask_steps):
             batches, targets = trainer.batches_with_targets()
             record: dict[str, Any] = {"step": step}
@@ -421,10 +429,16 @@ class MaskLoop:
 
     def final(self) -> list[tuple[MaskLogits, Draw]]:
         draw = draw_of(self.config, self.trainer.seed, self.config.mask_steps, self.config.final_mask)
+        if self.each:
+            return self.drawn(draw)
         masks = [(self.first, draw)]
         if self.second is not None:
             masks.append((self.second, replace(draw, seed=draw.seed + 1)))
         return masks
+
+    def drawn(self, draw: Draw) -> list[tuple[MaskLogits, Draw]]:
+        """Every task's mask with noise of its own."""
+        return [(mask, replace(draw, seed=draw.seed + index)) for index, mask in enumerate(self.each)]
 
     def mask_steps(self, batches: Any, targets: Any, step: int, record: dict[str, Any]) -> list[Tensor]:
         config, model, trainer = self.config, self.model, self.trainer
@@ -437,12 +451,18 @@ class MaskLoop:
             return [self.performance(logits, targets)]
 
         if self.second is None:
-            model.compose_((self.first, draw))
+            if self.each:
+                model.compose_each_(self.drawn(draw), self.used())
+            else:
+                model.compose_((self.first, draw))
             if config.safety == "none":
                 record["losses"] = tuple(model.backward(clean))
             else:
                 record["losses"] = self._safety_backward(batches, targets, step, predictions)
-            model.step_(self.first, draw)
+            if self.each:
+                model.step_each_(self.drawn(draw), self.used())
+            else:
+                model.step_(self.first, draw)
             return predictions
         assert self.rest is not None
         # M1: performance, M2 at its mean

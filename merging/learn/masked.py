@@ -341,6 +341,41 @@ class MaskedModel:
             if segment.masked:
                 mask.adam_(segment, self.mask_gradient(segment, mask, draw, total))
 
+    @torch.no_grad()
+    def compose_each_(self, masks: Sequence[tuple[MaskLogits, Draw]], coefficients: Tensor) -> None:
+        """Write θ0 + Σ λ_i m_i ⊙ τ_i, one mask per task vector; every task vector is read once.
+
+        Args:
+            masks: one per task, with the draw to use.
+            coefficients: λ, [task] or [task, segment].
+        """
+        self._means = None
+        for column, segment in enumerate(self.segments):
+            merged = segment.original.reshape(-1).to(segment.total, copy=True)
+            for index, (mask, draw) in enumerate(masks):
+                term = self._term(segment, column, index, coefficients)
+                if term is not None:
+                    merged += term * mask.weights(segment, draw) if segment.masked else term
+            segment.theta.copy_(merged)
+
+    @torch.no_grad()
+    def step_each_(self, masks: Sequence[tuple[MaskLogits, Draw]], coefficients: Tensor) -> None:
+        """One Adam step of every task's mask, from the gradients that `backward` left."""
+        for index, (mask, draw) in enumerate(masks):
+            mask.steps += 1
+            for column, segment in enumerate(self.segments):
+                term = self._term(segment, column, index, coefficients) if segment.masked else None
+                if term is not None:
+                    mask.adam_(segment, mask.gradient(segment, segment.gradient * term, draw))
+
+    def _term(self, segment: Segment, column: int, index: int, coefficients: Tensor) -> Tensor | None:
+        """λ_i τ_i of one segment, flat."""
+        found = delta(list(self.vectors.values())[index], segment.name)
+        if found is None:
+            return None
+        weight = coefficients[index] if coefficients.ndim == 1 else coefficients[index, column]
+        return found.to(segment.total).reshape(-1) * weight
+
     @staticmethod
     def _fused(mask: MaskLogits, draw: Draw) -> bool:
         return mask.rescaled and draw.kind == "sample" and draw.uniform is None

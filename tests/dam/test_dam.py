@@ -82,6 +82,20 @@ def test_the_merged_model_is_the_masked_merge_of_what_is_returned(options):
     assert list(result.apply_to(copy.deepcopy(base)).state_dict()) == list(result.state_dict)
 
 
+def test_masks_per_task_merge_as_they_are_returned():
+    base, models, heads, data = family()
+    config = DamConfig(**QUICK, masks="single", per_task_masks=True)
+    result = dam_merge(base, models, data=data, heads=heads, config=config)
+    own = {name: tensor.detach() for name, tensor in base.named_parameters()}
+    vectors = [{n: (p.detach() - own[n]) for n, p in m.named_parameters()} for m in models.values()]
+    again = masked_merge(own, vectors, result.coefficients, list(result.task_masks.values()))
+    close({name: result.state_dict[name] for name in own}, again, rtol=1e-5, atol=1e-6)
+    first, second = (result.task_masks[task]["out.weight"] for task in ("task 0", "task 1"))
+    assert not torch.allclose(first, second, atol=1e-3)
+    with pytest.raises(ParameterError, match="with fixed coefficients only"):
+        DamConfig(masks="single", per_task_masks=True, base_merge="adamerging_task")
+
+
 def test_a_run_is_repeated_exactly_by_its_seed_and_changed_by_another():
     base, models, heads, data = family()
     runs = [
