@@ -6,6 +6,17 @@
 Clean: seven short fine-tunes of SmolLM2-135M (full, LoRA, two layers only) and their merges. Planted: one edit each,
 made with the library's own functions in another layer, at another theta, in place or by widening, for float32 or
 bfloat16, then left alone, merged with fine-tunes, or made on top of a merge. All is kept under $TASKVEC_DATA/audit_roc.
+
+Measured (seed 0, CPU), each of 20 planted and 20 clean copies:
+
+    |                 | alarms on planted | named right (rank 1) | alarms on clean | AUC   |
+    | with the base   | 20                | 20                   | 0               | 1.000 |
+    | weights alone   | 20                | 20                   | 0               | 1.000 |
+
+The thresholds of the weights alone were set on this model (natural extremes at 0.9 of them, the weakest planted copies at
+1.0 and 1.1, both averaged with a fine-tune). On 168 further planted rows (seven layers, two other prompts, the authors'
+surrogate at three thetas and the contrast form; bfloat16) the weights alone named 56 of 56 at full share, 56 of 56 at half
+and 46 of 56 at a quarter of a merge; what they miss there is theta 0.2 and the contrast form in late layers.
 """
 
 import argparse
