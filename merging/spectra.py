@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from taskvec.blocks import is_matrix
+from taskvec.deltas import Tile
 
 _PIECE = 1 << 22  # elements converted to float64 at once
 
@@ -44,6 +45,10 @@ class Svd:
     def top(self, count: int) -> "Svd":
         """The `count` largest directions (fewer where the rank is lower)."""
         return Svd(self.left[:, :count], self.values[:count], self.right[:, :count], self.rank, self.full, self.cut)
+
+    def above(self, floor: float) -> "Svd":
+        """The directions whose singular value is at least this."""
+        return self.top(int((self.values >= floor).sum()))
 
     def dense(self, values: Tensor | None = None) -> Tensor:
         """The matrix, with other singular values if given."""
@@ -122,6 +127,32 @@ def polar(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return _times(matrix, inverse)
 
 
+_HEADROOM = 1.1  # norms of finite random matrices were seen 2 % above their limit
+
+
+def rounding_floor(tile: Tile, spacing: float) -> float:
+    """The largest singular value of the rounding errors in one task's stored weights, about.
+
+    Args:
+        tile: a whole matrix, with its base.
+        spacing: relative spacing of the stored dtype (ε), 0 for none.
+
+    The errors are independent and uniform within half a unit in the last place: 0.21 ε of a weight in the root mean
+    square (units are between ε/2 and ε of it), and a random m × n matrix of entries s has a norm of s (√m + √n).
+    """
+    if spacing == 0 or tile.base is None:
+        return 0.0
+    size = float(torch.linalg.vector_norm(tile.base, dtype=torch.float64)) / math.sqrt(tile.base.numel())
+    rows, columns = tile.shape
+    return _HEADROOM * 0.21 * spacing * size * (math.sqrt(rows) + math.sqrt(columns))
+
+
+def weights_norm(tile: Tile) -> float:
+    """Root of the sum over tasks of the squared weights (their mean over elements, where they differ)."""
+    squares = tile.weights.double().square().reshape(len(tile.tasks), -1).mean(1)
+    return math.sqrt(float(squares.sum()))
+
+
 class RankWatch:
     """Collects over a merge which matrices had a low numerical rank, and says so once.
 
@@ -135,6 +166,7 @@ class RankWatch:
         self._low: dict[str, tuple[int, int]] = {}
         self._notes: dict[str, str] = {}
         self._seen: set[str] = set()
+        self._rounded: set[str] = set()
 
     def saw(self, name: str, found: Svd) -> Svd:
         """Notes the rank of a matrix (the lowest of several under the same name)."""
@@ -143,6 +175,12 @@ class RankWatch:
             if found.rank < found.full and (name not in self._low or found.rank < self._low[name][0]):
                 self._low[name] = (found.rank, found.full)
         return found
+
+    def rounded(self, name: str, found: Svd, floor: float) -> None:
+        """Notes a matrix most of whose directions are no larger than what rounding the stored weights adds."""
+        if 2 * int((found.values < floor).sum()) > len(found.values):
+            with self._lock:
+                self._rounded.add(name)
 
     def counted(self, name: str) -> None:
         """Notes that a matrix was looked at."""
@@ -165,6 +203,12 @@ class RankWatch:
                 0,
                 f"{len(self._low)} of {len(self._seen)} matrices have a low numerical rank ({name}: {rank} of {full}); "
                 + self._consequence,
+            )
+        if self._rounded:
+            warnings.append(
+                f"in {len(self._rounded)} of {len(self._seen)} matrices ({min(self._rounded)} …) most directions are no "
+                "larger than the rounding of the stored weights, and are amplified as if they were the tasks'. Merge the "
+                'adapters themselves if there are any, or leave those directions out (rounding="drop")'
             )
         return {"warnings": warnings, **({"low rank": len(self._low)} if self._low else {})}
 

@@ -249,6 +249,13 @@ class ModelDeltas:
         sources = [*([self.base] if self.base is not None else []), *(task.source for task in self._tasks)]
         return sum(source.infos[name].nbytes for name in self.infos for source in sources if name in source.infos)
 
+    def rounding(self, name: str) -> float:
+        """Relative spacing of the coarsest dtype in which a fine-tuned model stores this tensor; 0 for differences."""
+        stored = [
+            task.source.infos[name].dtype for task in self._tasks if not task.is_delta and name in task.source.infos
+        ]
+        return max((torch.finfo(dtype).eps for dtype in stored), default=0.0)
+
     def read_ahead(self, name: str, start: int, stop: int) -> None:
         for source in (self.base, *(task.source for task in self._tasks)):
             ahead = getattr(source, "read_ahead", None)
@@ -294,6 +301,7 @@ class OneTensor:
     def __init__(self, deltas: Deltas, name: str):
         self._deltas = deltas
         self.of_model: Mapping[str, TensorInfo] = getattr(deltas, "of_model", deltas.infos)
+        self.rounding = lambda name: rounding_of(deltas, name)
         self.tasks = deltas.tasks
         self.infos: Mapping[str, TensorInfo] = {name: deltas.infos[name]}
 
@@ -303,6 +311,12 @@ class OneTensor:
 
     def tile(self, name: str, start: int, stop: int, watch: Watch | None = None) -> Tile:
         return self._deltas.tile(name, start, stop, watch)
+
+
+def rounding_of(deltas: Deltas, name: str) -> float:
+    """Relative spacing of the stored weights that a delta was taken of; 0 where deltas are given as such."""
+    known: Callable[[str], float] | None = getattr(deltas, "rounding", None)
+    return 0.0 if known is None else known(name)
 
 
 def infos_of_model(deltas: Deltas) -> Mapping[str, TensorInfo]:
@@ -322,4 +336,5 @@ __all__ = [
     "WeightsOf",
     "constant",
     "infos_of_model",
+    "rounding_of",
 ]

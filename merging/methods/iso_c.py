@@ -5,8 +5,8 @@ from typing import Literal
 from torch import Tensor
 
 from merging.method import Patterns, merge_method, plain_mean
-from merging.spectra import RankWatch, is_weight_matrix, svd
-from taskvec.deltas import Deltas, Tile
+from merging.spectra import RankWatch, is_weight_matrix, rounding_floor, svd, weights_norm
+from taskvec.deltas import Deltas, Tile, rounding_of
 from taskvec.plan import Plan, Report
 
 
@@ -16,6 +16,7 @@ def iso_c(
     *,
     mean_over: Literal["rank", "full"] = "rank",
     averaged: Patterns = ("*text_projection*",),
+    rounding: Literal["keep", "drop"] = "keep",
 ) -> Plan:
     """Flatten the spectrum of the summed task vectors: every direction gets the mean singular value.
 
@@ -24,6 +25,8 @@ def iso_c(
             ("full", the paper's r), which makes the result shorter.
         averaged: patterns of matrices that are averaged like all other tensors (the authors leave CLIP's
             text_projection out; embeddings and position tables count as matrices).
+        rounding: whether directions no larger than the rounding of the stored weights (as of adapters folded into bfloat16
+            models) count like others, or are left out.
 
     Δ = Σ Δ_t = U Σ Vᵀ becomes σ̄ U Vᵀ. Tensors that are not matrices are averaged. `scale` is α, tuned in the paper
     (about 1 to 1.5). A task weight scales its task vector.
@@ -38,9 +41,16 @@ def iso_c(
             return plain_mean(tile)
         total = tile.total()
         found = watch.saw(tile.name, svd(total))
-        if found.rank == 0:
+        # independent errors of the tasks add in squares
+        least = rounding_floor(tile, rounding_of(deltas, tile.name)) * weights_norm(tile)
+        if rounding == "keep":
+            watch.rounded(tile.name, found, least)
+        else:
+            found = found.above(least)
+        kept = len(found.values)
+        if kept == 0:
             return total.zero_()
-        mean = found.values.sum() / (found.rank if mean_over == "rank" else found.full)
+        mean = found.values.sum() / (kept if mean_over == "rank" else found.full)
         return (mean * (found.left @ found.right.T)).to(total.dtype)
 
     return kernel

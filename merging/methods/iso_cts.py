@@ -7,8 +7,8 @@ from pydantic import Field
 from torch import Tensor
 
 from merging.method import Patterns, merge_method, plain_mean, weighted_rows
-from merging.spectra import RankWatch, is_weight_matrix, polar, svd
-from taskvec.deltas import Deltas, Tile
+from merging.spectra import RankWatch, is_weight_matrix, polar, rounding_floor, svd, weights_norm
+from taskvec.deltas import Deltas, Tile, rounding_of
 from taskvec.plan import Plan, Report
 
 
@@ -19,6 +19,7 @@ def iso_cts(
     common: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.8,
     mean_over: Literal["rank", "full"] = "rank",
     averaged: Patterns = ("*text_projection*",),
+    rounding: Literal["keep", "drop"] = "keep",
 ) -> Plan:
     """Keep the largest directions of the sum, replace the smallest by each task's own, and flatten the spectrum.
 
@@ -27,6 +28,8 @@ def iso_cts(
         mean_over: what the mean singular value is over where ranks are low: those kept, or all ("full").
         averaged: patterns of matrices that are averaged like all other tensors (the authors leave CLIP's
             text_projection out; embeddings and position tables count as matrices).
+        rounding: whether directions no larger than the rounding of the stored weights (as of adapters folded into bfloat16
+            models) count like others, or are left out.
 
     s = round((r - ⌊common · r⌋) / T) directions for each task, k = r - s T common ones, U_k of the sum. Each task's
     come from what the common ones leave of it, (I - U_k U_kᵀ) Δ_t. Side by side [Ū_1 … Ū_T, U_k] and [V̄_1 … V̄_T, V_k]
@@ -46,11 +49,19 @@ def iso_cts(
         if own == 0:
             watch.note(tile.name, "so many tasks leave no directions of their own: Iso-C is what remains")
         total = watch.saw(tile.name, svd(tile.total(), most=full - own * count))
+        # independent errors of the tasks add in squares
+        least = rounding_floor(tile, rounding_of(deltas, tile.name)) * weights_norm(tile)
+        if rounding == "keep":
+            watch.rounded(tile.name, total, least)
+        else:
+            total = total.above(least)
         parts = []
         for delta in weighted_rows(tile) if own else ():
             wide = delta.double()
             size = float(torch.linalg.matrix_norm(wide))  # rounding is relative to the task vector, not to its rest
-            parts.append(svd(wide - total.left @ (total.left.T @ wide), dtype, size=size, most=own))
+            part = svd(wide - total.left @ (total.left.T @ wide), dtype, size=size, most=own)
+            # the common directions are known to the sum's rounding only, and so is what they leave
+            parts.append(part if rounding == "keep" else part.above(least))
         parts.append(total)
         values, lefts, rights = (torch.cat(sides, -1) for sides in zip(*((p.values, p.left, p.right) for p in parts)))
         del parts, total

@@ -1,21 +1,27 @@
 """TSV-M: merge task singular vectors after whitening them."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from merging.method import Patterns, merge_method, plain_mean, weighted_rows
-from merging.spectra import RankWatch, is_weight_matrix, polar, svd
-from taskvec.deltas import Deltas, Tile
+from merging.spectra import RankWatch, is_weight_matrix, polar, rounding_floor, svd
+from taskvec.deltas import Deltas, Tile, rounding_of
 from taskvec.plan import Plan, Report
 
 
 @merge_method("tsv_m", paper="arXiv:2412.00081", unit="tensor", copies=20, cost="T + 2 SVDs per matrix")
-def tsv_m(deltas: Deltas, *, averaged: Patterns = ("*text_projection*",)) -> Plan:
+def tsv_m(
+    deltas: Deltas, *, averaged: Patterns = ("*text_projection*",), rounding: Literal["keep", "drop"] = "keep"
+) -> Plan:
     """Give each task its share of a matrix's rank, and take apart the directions on which tasks interfere.
 
     Args:
         averaged: patterns of matrices that are averaged like all other tensors (the authors leave CLIP's
             text_projection out; embeddings count as matrices).
+        rounding: whether directions no larger than the rounding of the stored weights (as of adapters folded into bfloat16
+            models) count like others, or are left out.
 
     Of each task vector the k = ⌊r / T⌋ largest singular directions are kept, r = min(m, n). Side by side they are
     whitened, each set by its polar factor P: Δ = P([U_1 … U_T]) diag(Σ_1 … Σ_T) P([V_1 … V_T])ᵀ. Tensors that are not
@@ -30,12 +36,15 @@ def tsv_m(deltas: Deltas, *, averaged: Patterns = ("*text_projection*",)) -> Pla
         if not is_weight_matrix(tile.name, tile.shape, averaged):
             return plain_mean(tile)
         dtype, keep = tile.stack.dtype, max(1, min(tile.shape) // len(tile.tasks))
-        parts = []
-        for delta in weighted_rows(tile):
+        parts, floor = [], rounding_floor(tile, rounding_of(deltas, tile.name))
+        for task, delta in enumerate(weighted_rows(tile)):
             part = svd(delta, dtype, most=keep)
             if part.rank < keep:
                 watch.saw(tile.name, part)
-            parts.append(part)
+            least = floor * float(tile.weights[task].abs().double().mean())
+            if rounding == "keep":
+                watch.rounded(tile.name, part, least)
+            parts.append(part if rounding == "keep" else part.above(least))
         watch.counted(tile.name)
         values, lefts, rights = (torch.cat(sides, -1) for sides in zip(*((p.values, p.left, p.right) for p in parts)))
         del parts
