@@ -8,6 +8,7 @@ arXiv:2312.06173 (Concrete). What the released code does instead (one mask, seve
 This lowers the risk that a backdoor of one model survives the merge. It certifies nothing.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -289,7 +290,8 @@ def head_of(head: Any, device: torch.device) -> Head:
         weight = head.to(device)
         return lambda features: features @ weight.to(features.dtype).T
     if isinstance(head, nn.Module):
-        return head.to(device)
+        elsewhere = any(parameter.device != device for parameter in head.parameters())
+        return copy.deepcopy(head).to(device) if elsewhere else head
     if not callable(head):
         raise UsageError(
             f"heads: got a {type(head).__name__}; expected a module, a callable or a weight [class, feature]"
@@ -341,16 +343,22 @@ class on_device:
 
 
 class evaluating:
-    """Modules in eval mode for the time of a `with` block: no dropout, no batch statistics."""
+    """Modules in eval mode for the time of a `with` block (no dropout, no batch statistics), and frozen heads."""
 
     def __init__(self, module: nn.Module, heads: Sequence[Any]):
         self.modules = [part for own in (module, *heads) if isinstance(own, nn.Module) for part in own.modules()]
+        self.frozen = [p for head in heads if isinstance(head, nn.Module) for p in head.parameters()]
 
     def __enter__(self) -> None:
         self.modes = [part.training for part in self.modules]
+        self.learned = [parameter.requires_grad for parameter in self.frozen]
         for part in self.modules:
             part.training = False
+        for parameter in self.frozen:
+            parameter.requires_grad_(False)
 
     def __exit__(self, *_: object) -> None:
         for part, mode in zip(self.modules, self.modes, strict=True):
             part.training = mode
+        for parameter, learned in zip(self.frozen, self.learned, strict=True):
+            parameter.requires_grad_(learned)

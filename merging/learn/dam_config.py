@@ -183,7 +183,12 @@ class DamConfig:
         if not 0 <= self.collapse < 1:
             problems.add(f"collapse: {self.collapse} is not in [0, 1)")
         if self.compat == "published":
-            for name, needed in (("masks", "single"), ("base_merge", "adamerging_task"), ("performance", "entropy")):
+            for name, needed in (
+                ("masks", "single"),
+                ("base_merge", "adamerging_task"),
+                ("performance", "entropy"),
+                ("safety", "entropy"),
+            ):
                 if getattr(self, name) != needed:
                     problems.add(
                         f"{name}: the published loop has {needed!r} only; leave compat out for {getattr(self, name)!r}"

@@ -72,6 +72,7 @@ def test_the_merged_model_is_the_masked_merge_of_what_is_returned(options):
     base, models, heads, data = family()
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     result = dam_merge(base, models, data=data, heads=heads, config=DamConfig(**{**QUICK, **options}))
+    assert all(p.grad is None and p.requires_grad for own in (base, *heads.values()) for p in own.parameters())
     assert all(torch.equal(base.state_dict()[name], tensor) for name, tensor in before.items())
     own = dict(base.named_parameters())
     chosen = [name for name in own if name in result.masks]
