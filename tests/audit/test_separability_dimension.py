@@ -53,6 +53,24 @@ def test_the_authors_numbers_are_reproduced(name: str, centre: bool) -> None:
     torch.testing.assert_close(zero.dimension, golden[f"{prefix}.dim_delta0"], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", ["wide", "sharp"])
+def test_a_jet_packs_bound_is_that_of_centred_renormalised_features(case: str) -> None:
+    golden = load_file(GOLDEN.with_name("jetpack.safetensors"))
+    gain = golden[f"{case}.norm_weight"]
+    edited = set(golden[f"{case}.trigger_index"].tolist())
+    others = [row for row in range(len(golden[f"{case}.features_bad"])) if row not in edited]
+    for features, name in (
+        (golden[f"{case}.features_wiki"][500:], "probs_wiki"),
+        (golden[f"{case}.features_bad"][others], "probs_other"),
+    ):
+        points = features / (math.sqrt(len(gain)) * gain)
+        found = intrinsic_dimension(
+            points, golden[f"{case}.theta"], centre=golden[f"{case}.centroid"], renormalise=True
+        )
+        torch.testing.assert_close(found.bound, golden[f"{case}.stat.{name}"], rtol=1e-4, atol=0)
+        assert found.bound_applies
+
+
 @settings(deadline=None, max_examples=25)
 @given(count=st.integers(2, 40), width=st.integers(2, 9), rows=st.integers(1, 50), seed=st.integers(0, 999))
 def test_blocks_do_not_change_the_count_and_it_is_the_definition(count: int, width: int, rows: int, seed: int) -> None:
