@@ -304,6 +304,8 @@ def _method(recipe: Recipe, problems: Problems) -> MergeMethod | None:
         problems.add(f"tasks: {wrong}")
     if recipe.space is not None and chosen.space == "delta" and recipe.space == "weight":
         problems.add(f"space: {chosen.name} works on differences to the base only")
+    if recipe.space == "delta" and chosen.space == "weight" and not chosen.either_space:
+        problems.add(f"space: {chosen.name} works on weights only")
     if recipe.space == "delta" and recipe.base is None:
         problems.add("space: differences need a base; name it (`base:`)")
     if (recipe.space or chosen.space) == "weight" and recipe.scale != 1.0:

@@ -98,6 +98,16 @@ def test_methods_lists_and_explains(run):
     assert "fraction of each task vector kept" in out
 
 
+def test_methods_advises_on_models(zoo, run):
+    code, out, _ = run("methods", "--advise", zoo.base, *zoo.tuned, "--json")
+    found = json.loads(out)
+    assert code == 0 and all(finding["text"] and finding["source"] for finding in found)
+    assert any(finding["method"] == "task_arithmetic" for finding in found)
+    code, out, _ = run("methods", "--advise", zoo.base, *zoo.tuned)
+    assert code == 0 and len(out.splitlines()) >= len(found)
+    assert run("methods", "--advise", zoo.base)[0] == 2
+
+
 def test_diff_apply_and_inspect(zoo, tmp_path, run):
     assert run("diff", zoo.base, zoo.tuned[0], tmp_path / "v")[0] == 0
     assert run("apply", zoo.base, tmp_path / "v", tmp_path / "again", "--scale", "0.5")[0] == 0
