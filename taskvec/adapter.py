@@ -364,13 +364,13 @@ class _Opening:
 
     def _without_copy(self, name: str, parts: list[Change]) -> list[Change]:
         """Drops a saved copy of the base beside a change that is computed from the base itself."""
-        if not any(isinstance(part, Dora | Scaled) for part in parts):
+        if not any(isinstance(part, Dora | Scaled | ReplacedRows) for part in parts):
             return parts
         changed = [part for part in parts if isinstance(part, Replaced) and not (part.is_copy and part.is_unchanged())]
         if changed:
             raise self.config.refuse(
-                "use_dora" if self.config.kind == "LORA" else "peft_type",
-                f"the adapter scales {name} and also holds a {name} of its own that differs from the base's. Use the "
+                next(name for name in ("use_dora", "trainable_token_indices", "peft_type") if self.config[name]),
+                f"the adapter changes {name} and also holds a {name} of its own that differs from the base's. Use the "
                 "base it was trained on.",
             )
         return [part for part in parts if not isinstance(part, Replaced)]

@@ -398,6 +398,19 @@ def test_a_scaled_tensor_beside_a_different_copy_of_it(llama, tmp_path, saved_ad
         Adapter.open(rewritten(folder, change), in_memory(llama))
 
 
+def test_single_tokens_beside_a_copy_of_the_embedding(llama, saved_adapter, tmp_path):
+    config = LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[1, 2])
+    folder = saved_adapter(llama, config, tmp_path / "a")
+    name, key = "model.embed_tokens.weight", "base_model.model.model.embed_tokens.base_layer.weight"
+    expected = Adapter.open(folder, in_memory(llama)).read(name)
+    copy_of_base = llama.state_dict()[name].clone()
+    rewritten(folder, lambda tensors: tensors | {key: copy_of_base})
+    assert torch.equal(Adapter.open(folder, in_memory(llama)).read(name), expected)
+    rewritten(folder, lambda tensors: tensors | {key: copy_of_base + 1})
+    with pytest.raises(UnsupportedAdapterError, match=r"`trainable_token_indices`.*differs from the base's"):
+        Adapter.open(folder, in_memory(llama))
+
+
 def test_ia3_of_another_width(llama, tmp_path, saved_adapter):
     folder = saved_adapter(llama, IA3Config(target_modules=["k_proj"], feedforward_modules=[]), tmp_path / "a")
     rewritten(folder, lambda tensors: {name: torch.ones(7, 1) for name in tensors})
