@@ -213,7 +213,7 @@ def tune(shape: str, tasks: int, device: torch.device, options: argparse.Namespa
             )
 
             def products(fused: kernels.FusedBlocks = fused) -> None:
-                with fused.collecting(torch.zeros_like(composition.coefficients), False):
+                with fused.collecting(torch.zeros_like(composition.coefficients)):
                     for name, grad in grads.items():
                         fused.consume(name, grad)
 

@@ -480,10 +480,9 @@ class Composition:
         with ExitStack() as stack:
             if self._probes is not None:
                 parameters, consumed = self._probes.listening(stack, parameters, self._consume)
-            pull = PullBack(self.model, parameters, consumed, hold=hold)
-            stack.enter_context(pull)
             if self._fused is not None:
-                stack.enter_context(self._fused.collecting(self._grad, hold))
+                stack.enter_context(self._fused.collecting(self._grad))
+            pull = stack.enter_context(PullBack(self.model, parameters, consumed, hold=hold))
             loss = _run(closure, self.model, self._device)
         if not pull.count and not (self._probes is not None and self._probes.count):
             raise LearningError(

@@ -171,7 +171,7 @@ class FusedBlocks:
     # -- gradients ---------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def collecting(self, grad: Tensor, hold: bool) -> Iterator[None]:
+    def collecting(self, grad: Tensor) -> Iterator[None]:
         """Products of the gradients that are consumed inside are in `grad` ([task, column]) afterwards."""
         self._results = torch.zeros((len(self.parameters), self._padded), dtype=torch.float32, device=self._device)
         try:

@@ -34,8 +34,10 @@ def test_fused_kernels_agree_with_tensor_by_tensor(dtype, bank_dtype, granularit
         composition = Composition(model, vectors, granularity, bank_dtype=bank_dtype, kernels=kernels, coefficients=0.3)
         assert (composition._fused is not None) == (kernels == "auto")
         with composition:
-            for _ in range(2):
-                _, grad = composition.gradient(lambda: [model(x).float().pow(2).mean() / 2 for _ in range(2)])
+            for hold in (True, False):
+                _, grad = composition.gradient(
+                    lambda: [model(x).float().pow(2).mean() / 2 for _ in range(2)], hold=hold
+                )
             weights = [p.detach().float().clone() for p in model.parameters()]
         found.append((grad, weights))
     (grad, weights), (slope, wanted) = found
