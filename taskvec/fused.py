@@ -12,12 +12,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from subprocess import CalledProcessError
 from typing import Any
 
 import numpy as np
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.errors import TritonError
 
 from taskvec import fused_kernels as kernels
 from taskvec.fused_kernels import HIGH_TAIL, INTERIOR, LOW_TAIL
@@ -371,6 +373,18 @@ class Packed:
                 )  # fmt: skip
 
 
+@lru_cache
+def usable(device: torch.device) -> bool:
+    """Whether kernels can be compiled and run on this device: Triton is there, but needs a C compiler too."""
+    value = torch.zeros(1, device=device)
+    try:
+        with _on(device):
+            kernels.probe_kernel[(1,)](value)
+        return float(value) == 1.0
+    except (RuntimeError, OSError, CalledProcessError, TritonError):
+        return False
+
+
 def _on(device: torch.device) -> AbstractContextManager[Any]:
     """Launches go to the deltas' own device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
@@ -444,4 +458,4 @@ def _resolved(rank: int, counts: list[int], state: list[int], ends: list[float])
     return None
 
 
-__all__ = ["LEAST", "MOST_TASKS", "Entry", "Packed", "Resident"]
+__all__ = ["LEAST", "MOST_TASKS", "Entry", "Packed", "Resident", "usable"]

@@ -712,7 +712,7 @@ def _resident_on_gpu(deltas: Deltas) -> Any:
         from taskvec import fused
     except ImportError:
         return None
-    if deltas.numel < fused.LEAST or len(deltas.tasks) > fused.MOST_TASKS:
+    if deltas.numel < fused.LEAST or len(deltas.tasks) > fused.MOST_TASKS or not fused.usable(deltas.device):
         return None
     return fused.Resident([fused.Entry(name, list(rows), None, weights) for name, rows, weights in stacks])
 
@@ -724,7 +724,7 @@ def _uploaded_on_gpu(there: Any) -> Any:
     except ImportError:
         return None
     rows = there.rows() if len(there.tasks) <= fused.MOST_TASKS else None
-    if rows is None or there.numel < fused.LEAST:
+    if rows is None or there.numel < fused.LEAST or not fused.usable(there.device):
         return None
     return fused.Resident([fused.Entry(name, tuned, base, weights) for name, tuned, base, weights in rows])
 
