@@ -127,6 +127,8 @@ class Resident:
                 "sizes": sizes,
                 "prefix": np.append(0, np.cumsum(sizes)),
             }
+            # even lengths keep every table at 16 bytes: kernels are compiled anew for each pattern of alignments
+            parts = {name: np.pad(part, (0, len(part) % 2)) for name, part in parts.items()}
             weights = np.array([list(entry.weights) for entry in members], np.float32)
             whole = np.concatenate([part.view(np.uint8) for part in (*parts.values(), weights.ravel())])
             split = (
