@@ -1,7 +1,7 @@
 """The README's table of methods, made from the catalogue.
 
-    python examples/readme_tables.py           writes it into README.md
-    python examples/readme_tables.py --check   exit 1 if README.md does not hold the present table
+python examples/readme_tables.py           writes it into README.md
+python examples/readme_tables.py --check   exit 1 if README.md does not hold the present table
 """
 
 import sys
@@ -22,11 +22,23 @@ def link(paper: str) -> str:
 
 
 def table() -> str:
-    lines = ["| method | what it does | role | paper | needs | passes | statistics | cost |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| method | what it does | role | paper | needs | passes | statistics | cost |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for name, method in methods().items():
         role = f"{method.role}, on weights" if method.space == "weight" else method.role
         needs = {"nothing": "models", "statistics": "models and statistics", "training": "models and data"}[method.data]
-        cells = (f"`{name}`", method.summary, role, link(method.paper), needs, method.passes, method.statistics, method.cost)
+        cells = (
+            f"`{name}`",
+            method.summary,
+            role,
+            link(method.paper),
+            needs,
+            method.passes,
+            method.statistics,
+            method.cost,
+        )
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     return "\n".join(lines)
 

@@ -579,8 +579,7 @@ class _Sweep:
                     if ahead is not None and index + self.workers < len(items):
                         ahead(*items[index + self.workers])
                     work(*items[index])
-                    if index % 4 == 0:
-                        _give_back()
+                    _give_back()
                     with self._lock:
                         done += items[index][2] - items[index][1]
                     if self.options.progress is not None:
