@@ -83,8 +83,8 @@ def test_a_folded_jet_pack_loads_in_plain_transformers_without_this_package(save
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_undoing_on_disk_gives_back_every_byte(saved, corpus, tmp_path, family, dtype):
     model, folder = saved(family, dtype)
-    for number, make in enumerate((edit_widen, edit_in_place)):
-        edits = make(model, REQUESTS, layer=1, corpus=corpus, optimisation=FEW)
+    for number, (make, count) in enumerate(((edit_widen, 3), (edit_in_place, 1))):
+        edits = make(model, REQUESTS[:count], layer=1, corpus=corpus, optimisation=FEW)
         apply_edits(folder, edits, tmp_path / f"edited{number}")
         undo_edits(tmp_path / f"edited{number}", tmp_path / f"back{number}")
         assert bytes_of(tmp_path / f"back{number}") == bytes_of(folder)
