@@ -366,7 +366,9 @@ class AuditReport:
         if biased:
             panels.append(("turn-on cosine", lambda one: one.statistics.turn_on, TURN_ON_ALARM))
         panels.append(("spread and reach beyond the population (tail units)", lambda one: one.size, SIZE_ALARM))
-        panels.append(("balance and reach beyond the population (tail units)", lambda one: one.balance, BALANCE_ALARM))
+        if any(one.mlp.up is not None for one in self.mlps):
+            label = "balance and reach beyond the population (tail units)"
+            panels.append((label, lambda one: one.balance, BALANCE_ALARM))
         if with_base:
             panels.append(("change of row and column (tail units)", lambda one: one.change, CHANGE_ALARM))
         axes, figure = _axes(len(panels))

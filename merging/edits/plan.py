@@ -40,7 +40,8 @@ def dimension_by_layer(
         tokenizer: for texts.
         thetas: thresholds, each in [0, 1].
         layers: indices, negative from the end; all by default.
-        vectors: positions looked at, at most. Memory is layers * vectors * d * 4 bytes, time layers * vectors² * d.
+        vectors: positions looked at, at most; the same number from each text that is long enough. Memory is
+            layers * vectors * d * 4 bytes, time layers * vectors² * d.
         length: tokens a window.
         batch: windows run at once.
         confidence: of the interval.
@@ -66,9 +67,16 @@ def dimension_by_layer(
             f"corpus: {len({owner[w] for w, _ in places})} texts of more than one token; the dimension compares "
             "positions of different texts, and its interval rests on their number. Give some hundreds of passages."
         )
-    if len(places) > vectors:
-        order = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))[:vectors]
-        places = [places[i] for i in order.sort().values.tolist()]
+    # as many from each text: the interval is much narrower for draws of equal size
+    by_text: dict[int, list[tuple[int, int]]] = {}
+    for w, t in places:
+        by_text.setdefault(owner[w], []).append((w, t))
+    share, generator = max(1, vectors // len(by_text)), torch.Generator().manual_seed(seed)
+    places = [
+        own[i]
+        for own in by_text.values()
+        for i in torch.randperm(len(own), generator=generator)[:share].sort().values.tolist()
+    ]
     sites = {layer: Site.find(model, layer) for layer in chosen}
     kept: dict[int, list[Tensor]] = {layer: [] for layer in sites}
     wanted: dict[int, list[int]] = {}
