@@ -18,6 +18,7 @@ from merging.card import model_card
 from merging.prepare import Prepared, prepare
 from merging.recipe import Recipe
 from merging.stacks import merge_stacks
+from taskvec import __version__
 from taskvec.adapter import Adapter
 from taskvec.checkpoint import SEGMENT, Checkpoint, combined_hash, content_hash
 from taskvec.deltas import Tile
@@ -206,7 +207,7 @@ def _provenance(prepared: Prepared) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": 1,
-        "taskvec": version("taskvec"),
+        "taskvec": __version__,
         "recipe": recipe.data(),
         "method": {
             "name": prepared.method.name,
@@ -224,7 +225,7 @@ def _provenance(prepared: Prepared) -> dict[str, Any]:
 def _fingerprint(prepared: Prepared) -> str:
     """What an output is made from: equal for two runs that would write the same bytes."""
     facts: list[Any] = [
-        version("taskvec"),
+        __version__,
         version("torch"),
         prepared.recipe.data(),
         {n: str(i) for n, i in prepared.infos.items()},

@@ -38,10 +38,10 @@ def bits(seed: int, task: str, name: str, start: int, stop: int) -> np.ndarray[t
 
 
 def uniform(seed: int, task: str, name: str, start: int, stop: int) -> Tensor:
-    """Uniform draws in (0, 1), float32 [stop - start]: 24 bits each, never 0 nor 1."""
-    top = (bits(seed, task, name, start, stop) >> np.uint32(8)).astype(np.float32)
+    """Uniform draws in (0, 1), float32 [stop - start]: 23 bits and a half, so that neither 0 nor 1 is ever drawn."""
+    top = (bits(seed, task, name, start, stop) >> np.uint32(9)).astype(np.float32)
     top += np.float32(0.5)
-    top *= np.float32(2.0**-24)
+    top *= np.float32(2.0**-23)
     return torch.from_numpy(top)
 
 

@@ -37,7 +37,7 @@ def model(folder, numel, seed, tuned):
 @pytest.mark.parametrize("method", ["pcb", "ties"])
 def test_the_peak_is_flat_and_below_the_budget_plus_400_mib(tmp_path, method):
     peaks = []
-    for size in (8 << 20, 40 << 20):
+    for size in (16 << 20, 48 << 20):
         paths = [model(tmp_path / f"{size}-{i}", size, i, i > 0) for i in range(4)]
         command = [sys.executable, "-c", CODE, *map(str, [paths[0], tmp_path / f"out-{size}", method, *paths[1:]])]
         peaks.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]) * 1024)
