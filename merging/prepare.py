@@ -595,6 +595,12 @@ def _weights(
     except TaskvecError as error:
         problems.add(str(error))
         return lambda name, start, stop: fixed[name]
+    if learned.mode == "linear":
+        problems.add(
+            f"{recipe.coefficients}: learned for the first-order model around the base; as weights of the model itself they "
+            "would be another model. Learn them with `mode: nonlinear`."
+        )
+        return lambda name, start, stop: fixed[name]
     labels = [spec.label for spec in recipe.tasks]
     same = sorted(labels) == sorted(learned.tasks)
     try:

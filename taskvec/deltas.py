@@ -7,6 +7,7 @@ from typing import Annotated, Protocol
 import torch
 from torch import Tensor
 
+from taskvec.checkpoint import Checkpoint
 from taskvec.errors import MismatchError
 from taskvec.precision import compute_dtype, is_float
 from taskvec.source import DeltaSource, TensorInfo, TensorSource
@@ -262,25 +263,26 @@ class ModelDeltas:
             if ahead is not None and source is not None and name in source.infos:
                 ahead(name, start, stop)
 
-    def tile(self, name: str, start: int, stop: int, watch: Watch | None = None, room: Tensor | None = None) -> Tile:
-        """One tile; its stack lies in `room` (flat float32) where that is given and fits, instead of new memory."""
+    def tile(self, name: str, start: int, stop: int, watch: Watch | None = None, room: "Room | None" = None) -> Tile:
+        """One tile; it lies in `room` where that is given and large enough, instead of in new memory."""
         info = self.infos[name]
         base = None
         if self.base is not None:
-            raw = self.base.read_flat(name, start, stop)
+            raw = _read(self.base, name, start, stop, room)
             if watch is not None:
                 watch(self.base, name, raw)
-            base = raw.to(info.dtype)
+            # never the room's own memory: the next read would change it
+            base = raw.to(info.dtype, copy=room is not None)
         count, size = len(self._tasks), stop - start
-        if room is not None and info.dtype == room.dtype and count * size <= room.numel():
-            stack = room[: count * size].view(count, size)
+        if room is not None and info.dtype == room.stack.dtype and count * size <= room.stack.numel():
+            stack = room.stack[: count * size].view(count, size)
         else:
             stack = torch.empty(count, size, dtype=info.dtype)
         for row, task in zip(stack, self._tasks):
             if name not in task.source.infos:
                 row.zero_()  # a delta source lacks what it does not change; whole models were checked before
             else:
-                raw = task.source.read_flat(name, start, stop)
+                raw = _read(task.source, name, start, stop, room)
                 if watch is not None:
                     watch(task.source, name, raw)
                 row.copy_(raw)
@@ -293,6 +295,33 @@ class ModelDeltas:
         if self._masks is not None:
             stack.mul_(self._masks(name, start, stop).to(stack))
         return Tile(name, info.shape, start, stop, self.tasks, stack, base, self._weights(name, start, stop))
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Memory that one thread uses for tile after tile: what is allocated anew must first be mapped and zeroed.
+
+    Attributes:
+        stack: flat float32, for the stack.
+        raw: bytes, for what is read of one input.
+    """
+
+    stack: Tensor
+    raw: Tensor
+
+    @classmethod
+    def of(cls, tasks: int, tile: int) -> "Room":
+        return cls(torch.empty(tasks * tile), torch.empty(8 * tile, dtype=torch.uint8))
+
+
+def _read(source: TensorSource, name: str, start: int, stop: int, room: Room | None) -> Tensor:
+    """A piece as stored, in the room where the source can read into given memory."""
+    if room is None or not isinstance(source, Checkpoint):
+        return source.read_flat(name, start, stop)
+    dtype = source.infos[name].dtype
+    into = room.raw[: (stop - start) * dtype.itemsize].view(dtype)
+    source.read_into(name, start, stop, into)
+    return into
 
 
 class OneTensor:

@@ -7,6 +7,7 @@ bits for every number of workers, every tile size and every budget.
 """
 
 import ctypes
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,13 +21,13 @@ import torch
 from torch import Tensor
 
 from taskvec.checkpoint import SEGMENT, Checkpoint, SegmentDigest, raw_bytes
-from taskvec.deltas import Deltas, ModelDeltas, OneTensor, StackDeltas, Tile
+from taskvec.deltas import Deltas, ModelDeltas, OneTensor, Room, StackDeltas, Tile
 from taskvec.errors import NonFiniteError, TaskvecError, UsageError
 from taskvec.moments import CHUNK, exact, rounded_sum
 from taskvec.plan import Fold, Formula, Kernel, Plan, Report, Sample, Selection, formula_of
 from taskvec.source import TensorSource
 
-TILE = 1 << 17  # elements a task: 0.5 MiB in float32, so that a stack of a few tasks stays in a 2 MiB cache
+TILE = 1 << 19  # elements a task: with smaller ones threads wait for each other between calls, larger ones gain nothing
 TILE_RESIDENT = 1 << 24  # on a GPU launches cost more than cache misses
 SAMPLE_BLOCK = 256
 
@@ -182,6 +183,10 @@ class _Sweep:
         if there:
             self.workers = 1 if self.resident else max(2, self.workers)
         memory = options.memory if options.memory is not None else free_memory() // 4
+        if not there and options.tile is None:
+            least = CHUNK * 4 * (4 * len(deltas.tasks) + 4) * self.workers
+            while self.tile > CHUNK and self.tile // CHUNK * least > memory // 3:
+                self.tile //= 2  # many tasks or a small budget
         self.outcome = Outcome()
         self._chain: list[tuple[Stage, Kernel]] = []
         self._kept: dict[tuple[str, int], Tile] = {}
@@ -446,7 +451,7 @@ class _Sweep:
             size = len(self.deltas.tasks) * (stop - start) * 4
             if not self._more_passes or self._keep_budget < 2 * size:
                 if getattr(self._local, "room", None) is None:
-                    self._local.room = torch.empty(len(self.deltas.tasks) * self.tile)
+                    self._local.room = Room.of(len(self.deltas.tasks), self.tile)
                 return self.deltas.tile(name, start, stop, watch, self._local.room)
         return self.deltas.tile(name, start, stop, watch)
 
@@ -455,7 +460,7 @@ class _Sweep:
             return
         size = tile.stack.numel() * tile.stack.element_size() + (0 if tile.base is None else tile.base.numel() * 4)
         room = getattr(self._local, "room", None)
-        if room is not None and tile.stack.data_ptr() == room.data_ptr():
+        if room is not None and tile.stack.data_ptr() == room.stack.data_ptr():
             return
         with self._lock:
             if size <= self._keep_budget:
@@ -486,12 +491,14 @@ class _Sweep:
         if tile.stack.device.type != "cpu":
             self._examine_there(tile)
             return
-        parts = [exact_square(row) for row in tile.stack]
-        if any(part is None for part in parts) or (tile.base is not None and not _is_finite(tile.base)):
+        parts = chunk_squares(tile.stack)
+        if not all(map(math.isfinite, map(sum, parts))) or (tile.base is not None and not _is_finite(tile.base)):
             self._blame(tile)
+            parts = chunk_squares(tile.stack.double())  # finite, but their squares are not in float32
+        sums = [sum(map(exact, row)) for row in parts]
         with self._lock:
-            for task, part in enumerate(parts):
-                self._squares[task] += part or 0
+            for task, total in enumerate(sums):
+                self._squares[task] += total
 
     def _examine_there(self, tile: Tile) -> None:
         """The same on a GPU, with one wait for each tile."""
@@ -580,7 +587,8 @@ class _Sweep:
                     if ahead is not None and index + self.workers < len(items):
                         ahead(*items[index + self.workers])
                     work(*items[index])
-                    _give_back()
+                    if index % 8 == 7:
+                        _give_back()
                     with self._lock:
                         done += items[index][2] - items[index][1]
                     if self.options.progress is not None:
@@ -763,6 +771,9 @@ def _glibc() -> Any:
     try:
         libc = ctypes.CDLL(None)
         libc.mallopt(1, 0)  # M_MXFAST
+        # tiles' buffers come from the heap again and again; mapping each anew costs as much as computing with it
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD
         libc.malloc_trim(0)
     except (AttributeError, OSError):
         return None
@@ -786,17 +797,13 @@ def _is_finite(values: Tensor) -> bool:
     return bool(torch.isfinite(total)) or bool(torch.isfinite(values).all())
 
 
-def exact_square(row: Tensor) -> int | None:
-    """Sum of squares of a flat row in pieces of 2^15, added exactly; None if it is not finite."""
-    total = 0
-    for piece in row.reshape(-1).split(CHUNK):
-        value = float(piece.dot(piece))
-        if not value < float("inf"):
-            if not _is_finite(piece):
-                return None
-            value = float(piece.double().dot(piece.double()))
-        total += exact(value)
-    return total
+def chunk_squares(stack: Tensor) -> list[list[float]]:
+    """Sum of squares of each piece of 2^15 of each row: one call for all, as small calls are what threads wait for."""
+    flat = stack.reshape(len(stack), -1)
+    whole = flat.shape[1] // CHUNK * CHUNK
+    norms = torch.linalg.vector_norm(flat[:, :whole].view(len(flat), -1, CHUNK), dim=2)
+    rest = torch.linalg.vector_norm(flat[:, whole:], dim=1, keepdim=True)
+    return [[value * value for value in row] for row in torch.cat([norms, rest], 1).double().tolist()]
 
 
 def _moved(tile: Tile, device: str) -> Tile:

@@ -115,7 +115,7 @@ def theirs(
         str(venv / "bin" / "mergekit-yaml"),
         "--no-write-model-card",
         "--out-shard-size",
-        "400MB",
+        "400M",
         str(recipe),
         str(out),
     ]
