@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 _M1, _M2 = 0x7FEB352D, 0x846CA68B
+_BLOCK = 1 << 16  # values mixed at a time: two such arrays fit the second-level cache
 
 
 def _keys(seed: int, task: str, name: str, high: int) -> tuple[int, int]:
@@ -25,16 +26,20 @@ def bits(seed: int, task: str, name: str, start: int, stop: int) -> np.ndarray[t
         edge = (start >> 32) + 1 << 32
         return np.concatenate([bits(seed, task, name, start, edge), bits(seed, task, name, edge, stop)])
     add, multiply = _keys(seed, task, name, start >> 32)
-    x = np.arange(stop - start, dtype=np.uint32)
-    scratch = np.empty_like(x)
-    x += np.uint32((start + add) & 0xFFFFFFFF)
-    x *= np.uint32(multiply)
-    for shift, factor in ((16, _M1), (15, _M2), (16, None)):
-        np.right_shift(x, np.uint32(shift), out=scratch)
-        x ^= scratch
-        if factor is not None:
-            x *= np.uint32(factor)
-    return x
+    result = np.empty(stop - start, dtype=np.uint32)
+    steps = np.arange(min(_BLOCK, stop - start), dtype=np.uint32)
+    scratch = np.empty_like(steps)
+    for first in range(0, stop - start, _BLOCK):
+        x = result[first : first + _BLOCK]
+        np.add(steps[: len(x)], np.uint32((start + first + add) & 0xFFFFFFFF), out=x)
+        x *= np.uint32(multiply)
+        shifted = scratch[: len(x)]
+        for shift, factor in ((16, _M1), (15, _M2), (16, None)):
+            np.right_shift(x, np.uint32(shift), out=shifted)
+            x ^= shifted
+            if factor is not None:
+                x *= np.uint32(factor)
+    return result
 
 
 def uniform(seed: int, task: str, name: str, start: int, stop: int) -> Tensor:
