@@ -17,7 +17,6 @@ from torch import Tensor
 from merging.card import model_card
 from merging.prepare import Prepared, prepare
 from merging.recipe import Recipe
-from merging.stacks import merge_stacks
 from taskvec import __version__
 from taskvec.adapter import Adapter
 from taskvec.checkpoint import SEGMENT, Checkpoint, combined_hash, content_hash
@@ -27,7 +26,6 @@ from taskvec.errors import (
     NonFiniteError,
     NotAModelError,
     RecipeError,
-    SourceError,
     TaskvecError,
     VerificationError,
     shortened,
@@ -445,4 +443,4 @@ def _companions_unchanged(where: Path, recorded: Mapping[str, str]) -> None:
         raise VerificationError(f"{where}: {shortened(wrong)} changed or missing since the merge.")
 
 
-__all__ = ["Merged", "SourceError", "Tensor", "merge", "merge_stacks", "provenance_of", "verify"]
+__all__ = ["Merged", "merge", "provenance_of", "verify"]

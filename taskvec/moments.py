@@ -5,8 +5,7 @@ not move them), and chunk sums are added exactly, as whole multiples of the smal
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -93,17 +92,6 @@ def gram(of: Callable[[Tile], Tensor] = lambda tile: tile.stack) -> SubPlan:
         return rows @ rows.T
 
     return (yield from sums(products))
-
-
-def squares(rows: Sequence[Tensor]) -> list[float]:
-    """Sum of squares of each row in its own precision: for reports, not for mathematics."""
-    return [float(row.dot(row)) for row in rows]
-
-
-def gram_of(rows: Any) -> Tensor:
-    """Inner products of rows that are in memory as a whole, float64."""
-    wide = rows.reshape(len(rows), -1).double()
-    return wide @ wide.T
 
 
 def l1_ratios(after: Callable[[Tile], Tensor]) -> SubPlan:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from taskvec.checkpoint import SEGMENT, Checkpoint, SegmentDigest, raw_bytes
 from taskvec.deltas import Deltas, ModelDeltas, OneTensor, Room, StackDeltas, Tile
-from taskvec.errors import NonFiniteError, TaskvecError, UsageError
+from taskvec.errors import NonFiniteError
 from taskvec.moments import CHUNK, exact, rounded_sum
 from taskvec.plan import Fold, Formula, Kernel, Plan, Report, Sample, Selection, formula_of
 from taskvec.source import TensorSource
@@ -841,8 +841,6 @@ __all__ = [
     "Outcome",
     "Progress",
     "Stage",
-    "TaskvecError",
-    "UsageError",
     "free_memory",
     "sample_blocks",
     "sweep",
