@@ -5,7 +5,7 @@
 
 Random weights and random task vectors: the cost depends on shapes only. Three steps of the same model and batch, side
 by side: `plain` is forward and backward; `composed` is a whole optimisation step of this library (compose, forward,
-backward, pull back, clip, AdamW); `functional` composes with autograd through functional_call, as the authors' code
+backward, pull back, clip, AdamW), `held` the same with one pull-back after backward; `functional` composes with autograd through functional_call, as the authors' code
 does. Needs torch and transformers; Triton where there is a GPU.
 """
 
@@ -98,6 +98,19 @@ def peak(step: Callable[[], object], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated()
 
 
+def kernels(step: Callable[[], object], longest: int = 12) -> dict[str, float]:
+    """Milliseconds of one step by kernel, the longest ones, and of all together."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as told:
+        for _ in range(3):
+            step()
+        torch.cuda.synchronize()
+    spent = {event.key: event.device_time_total / 3000 for event in told.key_averages()}
+    found = dict(sorted(spent.items(), key=lambda item: -item[1])[:longest])
+    return {name[:60]: round(ms, 3) for name, ms in found.items()} | {"all": round(sum(spent.values()), 3)}
+
+
 def measure(shape: str, tasks: int, device: torch.device, options: argparse.Namespace) -> dict[str, object]:
     model, image, batch = vit(shape, device)
     model.requires_grad_(True)
@@ -132,14 +145,18 @@ def measure(shape: str, tasks: int, device: torch.device, options: argparse.Name
     composition = Composition(model, vectors, bank_dtype=options.bank)
     optimizer = torch.optim.AdamW([composition.coefficients], lr=1e-4, weight_decay=0.1, fused=device.type == "cuda")
 
-    def composed() -> None:
-        _, grad = composition.gradient(loss_of, hold=options.hold)
+    def composed(hold: bool = False) -> None:
+        _, grad = composition.gradient(loss_of, hold=hold)
         norm = torch.linalg.vector_norm(grad)
         composition.coefficients.grad = grad * (1.0 / (norm + 1e-6)).clamp(max=1.0)
         optimizer.step()
 
     composed_ms = milliseconds(composed, steps, device, warm)
     composed_peak = peak(composed, device)
+    held_ms = milliseconds(lambda: composed(True), steps, device, warm)
+    held_peak = peak(lambda: composed(True), device)
+    if options.profile:
+        result["kernels_ms"] = {"plain": kernels(plain), "composed": kernels(composed)}
     result["fused"] = composition._fused is not None
     bank = composition.bank.nbytes
     working = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -177,12 +194,15 @@ def measure(shape: str, tasks: int, device: torch.device, options: argparse.Name
         plain_ms=round(plain_ms, 3),
         composed_ms=round(composed_ms, 3),
         functional_ms=round(functional_ms, 3),
+        held_ms=round(held_ms, 3),
         composed_over_plain=round(composed_ms / plain_ms, 3),
+        held_over_plain=round(held_ms / plain_ms, 3),
         functional_over_plain=round(functional_ms / plain_ms, 2),
         gradient_difference=difference,
         bank_gib=round(bank / gib, 3),
         plain_peak_gib=round(plain_peak / gib, 3),
         composed_peak_gib=round(composed_peak / gib, 3),
+        held_peak_gib=round(held_peak / gib, 3),
         functional_peak_gib=round(functional_peak / gib, 3),
         allowed_peak_gib=round(1.1 * allowed / gib, 3),
     )
@@ -234,7 +254,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warm", type=int, default=5)
     parser.add_argument("--baseline-steps", type=int, default=3)
-    parser.add_argument("--hold", action="store_true", help="pull back once, after backward")
+    parser.add_argument("--profile", action="store_true", help="also the time of the longest kernels")
     parser.add_argument("--tune", action="store_true", help="bandwidth of the two passes for several tile sizes")
     options = parser.parse_args()
     device = torch.device(options.device)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from examples.benchmarks.atlas_cost import kernels
 from merging.learn.masked import Draw, MaskedModel, MaskLogits
 
 
@@ -84,7 +85,7 @@ def milliseconds(step: Callable[[int], None], repeats: int, device: torch.device
     return sorted(times)[len(times) // 2]
 
 
-def measure(tasks: int, batch: int, smoke: bool, repeats: int, precision: str) -> dict[str, object]:
+def measure(tasks: int, batch: int, smoke: bool, repeats: int, precision: str, profiled: bool) -> dict[str, object]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -141,6 +142,8 @@ def measure(tasks: int, batch: int, smoke: bool, repeats: int, precision: str) -
         result["step_ms"] = milliseconds(in_place, repeats, device)
         result["step_over_encoder"] = float(str(result["step_ms"])) / encoder_ms
         result["step_peak_mib"] = peak()
+        if profiled:
+            result["kernels_ms"] = kernels(lambda: in_place(100))
         total = masked.named(masked.total)
     base = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     # the released form: every task scaled, masked and added in turn, all of it in the graph
@@ -182,10 +185,14 @@ def main(arguments: list[str] | None = None) -> list[dict[str, object]]:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="also the time of the longest kernels")
     chosen = parser.parse_args(arguments)
     precisions = ("fp32",) if chosen.smoke else ("bf16", "fp32")
     repeats = 2 if chosen.smoke else chosen.repeats
-    found = [measure(chosen.tasks, chosen.batch, chosen.smoke, repeats, precision) for precision in precisions]
+    found = [
+        measure(chosen.tasks, chosen.batch, chosen.smoke, repeats, precision, chosen.profile)
+        for precision in precisions
+    ]
     for row in found:
         print(json.dumps(row))
     return found

@@ -21,6 +21,7 @@ from torch import Tensor
 from merging import merge_stacks
 
 CLIP, DENSITY = 1e-4, 0.1
+PASSES = {"task_arithmetic": 1, "ties": 2, "pcb": 3}  # over the inputs, at the least
 
 
 def reference_pcb(vectors: Tensor, density: float = DENSITY) -> Tensor:
@@ -102,6 +103,21 @@ def medians(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[
     }
 
 
+def kernels(run: Callable[[], Any], repeats: int = 3) -> dict[str, float]:
+    """Milliseconds on the card by kernel, for one run; "host" is what the wall clock has beyond their sum."""
+    from torch.profiler import ProfilerActivity, profile
+
+    run()
+    wall = statistics.median(timed(run)[0] for _ in range(repeats))
+    with profile(activities=[ProfilerActivity.CUDA]) as told:
+        for _ in range(repeats):
+            run()
+        torch.cuda.synchronize()
+    spent = {event.key: event.device_time_total / 1000 / repeats for event in told.key_averages()}
+    found = {name[:40]: round(ms, 3) for name, ms in sorted(spent.items(), key=lambda item: -item[1]) if ms >= 0.005}
+    return found | {"host": round(wall - sum(spent.values()), 3)}
+
+
 def bandwidth(numel: int = 1 << 29) -> float:
     """Bytes read and written per second by a large copy."""
     source, target = torch.randn(numel, device="cuda"), torch.empty(numel, device="cuda")
@@ -120,7 +136,7 @@ def agreement(fast: Tensor, plain: Tensor) -> dict[str, float]:
     return {"kept by one alone": alone, "share further apart than 1e-5 of the largest": float(apart.float().mean())}
 
 
-def report(tasks: int, numel: int, repeats: int, reference: bool) -> dict[str, Any]:
+def report(tasks: int, numel: int, repeats: int, reference: bool, profiled: bool) -> dict[str, Any]:
     vectors = task_vectors(tasks, numel)
     stacks = {"w": vectors}
     found: dict[str, Any] = {"tasks": tasks, "numel": numel, "input_bytes": vectors.nbytes}
@@ -147,6 +163,8 @@ def report(tasks: int, numel: int, repeats: int, reference: bool) -> dict[str, A
         runs["ties, torch"] = lambda: plain_ties(vectors)
         runs["pcb, authors' form"] = lambda: reference_pcb(vectors)
     found["runs"] = medians(runs, repeats)
+    if profiled:
+        found["kernels"] = {name: kernels(run) for name, run in runs.items() if name in PASSES or "trial" in name}
     for run in found["runs"].values():
         run["peak, times the input"] = round(1 + run["peak_bytes"] / vectors.nbytes, 3)
     return found
@@ -158,6 +176,7 @@ def main() -> None:
     parser.add_argument("--numel", type=int, nargs="+", default=[88_000_000, 300_000_000])
     parser.add_argument("--tasks", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--profile", action="store_true", help="also the time of each kernel")
     arguments = parser.parse_args()
     copy = bandwidth()
     result: dict[str, Any] = {
@@ -168,9 +187,10 @@ def main() -> None:
     print(f"{result['card']}: a copy moves {copy / 1e12:.2f} TB/s, read and written")
     result["merges"] = []
     for numel in arguments.numel:
-        found = report(arguments.tasks, numel, arguments.repeats, reference=numel <= 100_000_000)
+        found = report(
+            arguments.tasks, numel, arguments.repeats, reference=numel <= 100_000_000, profiled=arguments.profile
+        )
         result["merges"].append(found)
-        passes = {"task_arithmetic": 1, "ties": 2, "pcb": 3}
         print(
             f"\n{arguments.tasks} task vectors of {numel / 1e6:.0f} M float32, {found['input_bytes'] / 2**30:.2f} GiB"
         )
@@ -178,11 +198,13 @@ def main() -> None:
             print(f"  {check}: {found[check]}")
         for name, run in found["runs"].items():
             floor = ""
-            if name in passes:
-                least = (passes[name] * found["input_bytes"] + numel * 4) / copy * 1000
+            if name in PASSES:
+                least = (PASSES[name] * found["input_bytes"] + numel * 4) / copy * 1000
                 run["floor_ms"] = round(least, 3)
                 floor = f"  {run['ms'] / least:5.2f}x the floor of {least:.2f} ms"
             print(f"  {name:28s} {run['ms']:9.3f} ms  peak {run['peak, times the input']:5.2f}x{floor}")
+        for name, spent in found.get("kernels", {}).items():
+            print(f"  {name}: " + ", ".join(f"{kernel} {ms}" for kernel, ms in spent.items()))
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1))
 

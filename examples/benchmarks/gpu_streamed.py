@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from merging import Recipe, merge
+from taskvec.sweep import Progress
 
 PIECE = 8 << 20
 
@@ -143,7 +144,17 @@ def main() -> None:
     }
     slowest = max(floors.values())
 
+    parts: dict[str, dict[str, float]] = {}
+
     def run(method: str, device: str) -> None:
+        """One merge; when each of its passes had begun and ended, in seconds from its start, goes to `parts`."""
+        began = time.perf_counter()
+        seen: dict[str, list[float]] = {}
+
+        def progress(told: Progress) -> None:
+            now = time.perf_counter() - began
+            seen.setdefault(f"{told.label} {told.step}", [now, now])[1] = now
+
         recipe = Recipe.from_data(
             {
                 "base": str(paths[0]),
@@ -153,7 +164,14 @@ def main() -> None:
             },
             where="benchmark",
         )
-        merge(recipe, arguments.folder / "out", overwrite=True)
+        merge(recipe, arguments.folder / "out", overwrite=True, progress=progress)
+        whole = time.perf_counter() - began
+        parts[f"{method}, {device}"] = {
+            **{
+                f"{label}, {end}": round(at, 3) for label, ends in seen.items() for end, at in zip(("from", "to"), ends)
+            },
+            "end": round(whole, 3),
+        }
 
     devices = ["cuda", "cpu"] if arguments.cpu else ["cuda"]
     spent = medians(
@@ -170,6 +188,7 @@ def main() -> None:
         "threads": threads,
         "floors_s": floors,
         "merges_s": spent,
+        "last_run_s": parts,
         "times_the_slowest_floor": {name: round(s / slowest, 2) for name, s in spent.items()},
     }
     print(json.dumps(result, indent=1))

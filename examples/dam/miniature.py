@@ -14,6 +14,7 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # so that spawned workers find it too
 
-from world import HIGH, LOW, TASKS, TRIGGERS, World, world
+from world import HIGH, LOW, TASKS, TRIGGERS, Trigger, World, world
 
 from merging import merge_stacks
 from merging.learn.adamerging import adamerging
 from merging.learn.dam import DamConfig, dam_merge
 from merging.learn.masks import ConcreteMask, masked_merge, rescale
-from merging.learn.security import SecurityReport, Trigger, draw_panels, security_report
+from merging.learn.security import SecurityReport, draw_panels, security_report
+from merging.learn.security import Trigger as Planted
 
 LAMBDA = 0.5
 LAMBDAS = (0.1, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.8)
@@ -70,7 +72,6 @@ def run(
     part: str,
     steps: int,
     methods: tuple[str, ...],
-    everything: bool,
 ) -> tuple[SecurityReport, dict[str, Any]]:
     """Merge one set of models in every way, and measure all of them.
 
@@ -79,42 +80,40 @@ def run(
         bad: attacked task to (trigger, poisoned model).
         part: the split to measure on.
         steps: mask steps.
-        methods: which of the masked ones.
-        everything: also the merges without masks.
+        methods: which of the masked ones; the merges without masks are always made.
     """
     models: dict[str, Any] = {**place.clean, **{task: model for task, (_, model) in bad.items()}}
     vectors = {task: deltas(place, model) for task, model in models.items()}
     base = {name: tensor.detach() for name, tensor in place.base.named_parameters()}
     inputs = {task: place.data[task]["adapt"].images for task in TASKS}
     tests = {task: (place.data[task][part].images, place.data[task][part].labels) for task in TASKS}
-    triggers = {task: Trigger(own.apply, own.target, own.name) for task, (own, _) in bad.items()}
+    triggers = {task: Planted(own.apply, own.target, own.name) for task, (own, _) in bad.items()}
     merged: dict[str, Any] = {}
     facts: dict[str, Any] = {}
-    if everything:
-        stacks = {name: torch.stack([vectors[task][name] for task in models]) for name in base}
-        for label, method, options in (("TIES", "ties", {"density": 0.2}), ("PCB", "pcb", {"density": 0.1})):
-            found = merge_stacks(method, stacks, **options)
-            merged[label] = {name: base[name] + found[name] for name in base}
-        for wise in ("task", "layer"):
-            generator = torch.Generator().manual_seed(place.seed)
-            batches = [
-                {task: own[torch.randint(len(own), (16,), generator=generator)] for task, own in inputs.items()}
-                for _ in range(steps)
-            ]
-            composition, _ = adamerging(
-                place.base, vectors, batches, place.heads, wise=wise, lr=3e-3, steps=steps, seed=place.seed
-            )
-            with composition:
-                composition.compose_()
-                merged[f"AdaMerging {wise}-wise"] = {
-                    name: tensor.detach().clone() for name, tensor in place.base.state_dict().items()
-                }
-        noise = torch.Generator().manual_seed(place.seed)
-        mask = ConcreteMask.constant({name: tensor.shape for name, tensor in base.items()})
-        uniform = {name: torch.rand(tensor.shape, generator=noise) for name, tensor in base.items()}
-        merged["random mask (control)"] = masked_merge(
-            base, vectors, [LAMBDA] * len(vectors), rescale(mask.sample(uniform))
+    stacks = {name: torch.stack([vectors[task][name] for task in models]) for name in base}
+    for label, method, numbers in (("TIES", "ties", {"density": 0.2}), ("PCB", "pcb", {"density": 0.1})):
+        found = merge_stacks(method, stacks, **numbers)
+        merged[label] = {name: base[name] + found[name] for name in base}
+    for wise in ("task", "layer"):
+        generator = torch.Generator().manual_seed(place.seed)
+        batches = [
+            {task: own[torch.randint(len(own), (16,), generator=generator)] for task, own in inputs.items()}
+            for _ in range(steps)
+        ]
+        composition, _ = adamerging(
+            place.base, vectors, batches, place.heads, wise=wise, lr=3e-3, steps=steps, seed=place.seed
         )
+        with composition:
+            composition.compose_()
+            merged[f"AdaMerging {wise}-wise"] = {
+                name: tensor.detach().clone() for name, tensor in place.base.state_dict().items()
+            }
+    noise = torch.Generator().manual_seed(place.seed)
+    mask = ConcreteMask.constant({name: tensor.shape for name, tensor in base.items()})
+    uniform = {name: torch.rand(tensor.shape, generator=noise) for name, tensor in base.items()}
+    merged["random mask (control)"] = masked_merge(
+        base, vectors, [LAMBDA] * len(vectors), rescale(mask.sample(uniform))
+    )
     for name in methods:
         options = {**COMMON, "mask_steps": steps, **MASKED[name]}
         if options.get("safety_source") == "known":
@@ -162,32 +161,39 @@ def vectors_of(models: Mapping[str, torch.nn.Module]) -> dict[str, Any]:
     return {task: model.state_dict() for task, model in models.items()}
 
 
-def one_seed(arguments: tuple[int, str, int, str, bool, int, int]) -> None:
-    seed, part, steps, out, wide, tune_steps, kinds = arguments
+@dataclass(frozen=True)
+class Job:
+    """One world with one set of poisoned models: what one process does in a minute or two."""
+
+    seed: int
+    scenario: int  # first the kinds of trigger in one model, then two models, then all
+    part: str
+    steps: int
+    tune_steps: int
+    wide: bool
+    out: str
+
+    @property
+    def file(self) -> Path:
+        return Path(self.out) / f"seed-{self.seed}-{self.scenario}.json"
+
+
+def work(job: Job) -> None:
+    """Does a job, unless an earlier run has done it."""
+    if job.file.is_file():
+        return
     torch.set_num_threads(1)
-    place = world(seed, steps=tune_steps, base_steps=tune_steps // 2)
-    file = Path(out) / f"seed-{seed}.json"
-    # a run that was stopped goes on where it was
-    results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    for trigger in TRIGGERS[part][:kinds]:
-        if f"one model: {trigger.name}" in results:
-            continue
-        bad = {"digits": (trigger, place.poisoned("digits", trigger))}
-        report, facts = run(place, bad, part, steps, tuple(MASKED) if wide else ALWAYS, True)
-        results[f"one model: {trigger.name}"] = {**report.as_dict(), "facts": facts}
-        save(file, results)
-    if wide:
-        trigger = TRIGGERS[part][0]
-        for label, attacked in (("two models", TASKS[:2]), ("all models", TASKS)):
-            if f"{label}: {trigger.name}" in results:
-                continue
-            bad = {}
-            for number, task in enumerate(attacked):
-                own = type(trigger)(trigger.name, trigger.apply, (trigger.target + 2 * number) % 8)
-                bad[task] = (own, place.poisoned(task, own))
-            report, facts = run(place, bad, part, steps, ALWAYS, False)
-            results[f"{label}: {trigger.name}"] = {**report.as_dict(), "facts": facts}
-            save(file, results)
+    place = world(job.seed, steps=job.tune_steps, base_steps=job.tune_steps // 2)
+    kinds = TRIGGERS[job.part]
+    attacked = {len(kinds): TASKS[:2], len(kinds) + 1: TASKS}.get(job.scenario, TASKS[:1])
+    trigger = kinds[job.scenario % len(kinds)] if job.scenario < len(kinds) else kinds[0]
+    bad = {}
+    for number, task in enumerate(attacked):
+        own = Trigger(trigger.name, trigger.apply, (trigger.target + 2 * number) % 8)
+        bad[task] = (own, place.poisoned(task, own))
+    report, facts = run(place, bad, job.part, job.steps, tuple(MASKED) if job.wide else ALWAYS)
+    label = {1: "one model", 2: "two models"}.get(len(attacked), "all models")
+    save(job.file, {f"{label}: {trigger.name}": {**report.as_dict(), "facts": facts}})
 
 
 def save(path: Path, results: Mapping[str, Any]) -> None:
@@ -207,11 +213,14 @@ def clean(value: Any) -> Any:
 
 def summary(out: Path) -> str:
     """Means over seeds of every scenario as text; also the picture."""
-    seeds = [json.loads(path.read_text()) for path in sorted(out.glob("seed-*.json"))]
-    scenarios = list(dict.fromkeys(name for seed in seeds for name in seed))
+    # by scenario, then by seed
+    files = sorted(out.glob("seed-*.json"), key=lambda path: [int(number) for number in path.stem.split("-")[:0:-1]])
+    results: dict[str, list[dict[str, Any]]] = {}
+    for path in files:
+        for scenario, one in json.loads(path.read_text()).items():
+            results.setdefault(scenario, []).append(one)
     lines, panels = [], []
-    for scenario in scenarios:
-        found = [seed[scenario] for seed in seeds if scenario in seed]
+    for scenario, found in results.items():
         lines += [f"{scenario} ({len(found)} seeds)", f"  {'':32} accuracy  success (range)      flips"]
         points: dict[str, tuple[float, float]] = {}
         curve: dict[float, tuple[float, float]] = {}
@@ -257,24 +266,24 @@ def main(arguments: list[str] | None = None) -> str:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--part", choices=("test", "validation"), default="test")
     parser.add_argument("--tune-steps", type=int, default=300, help="fine-tuning steps of each model")
-    parser.add_argument("--triggers", type=int, default=3, help="how many kinds of trigger")
+    parser.add_argument("--triggers", type=int, default=3, help="how many kinds of trigger in one model")
+    parser.add_argument("--several", type=int, default=5, help="seeds that also have two and all models poisoned")
+    parser.add_argument("--wide", type=int, default=1, help="seeds that have every row")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument(
-        "--wide-seeds", type=int, default=1, help="first seeds with every row, and with two and all models poisoned"
-    )
     chosen = parser.parse_args(arguments)
     Path(chosen.out).mkdir(parents=True, exist_ok=True)
-    seeds = [int(seed) for seed in chosen.seeds.split(",")]
+    kinds = len(TRIGGERS[chosen.part])
     jobs = [
-        (seed, chosen.part, chosen.steps, chosen.out, number < chosen.wide_seeds, chosen.tune_steps, chosen.triggers)
-        for number, seed in enumerate(seeds)
+        Job(seed, scenario, chosen.part, chosen.steps, chosen.tune_steps, number < chosen.wide, chosen.out)
+        for number, seed in enumerate(map(int, chosen.seeds.split(",")))
+        for scenario in [*range(chosen.triggers), *([kinds, kinds + 1] if number < chosen.several else [])]
     ]
     if chosen.processes > 1 and len(jobs) > 1:
         with multiprocessing.get_context("spawn").Pool(chosen.processes) as pool:
-            pool.map(one_seed, jobs, chunksize=1)
+            pool.map(work, jobs, chunksize=1)
     else:
         for job in jobs:
-            one_seed(job)
+            work(job)
     text = summary(Path(chosen.out))
     (Path(chosen.out) / "dam.txt").write_text(text + "\n")
     print(text)

@@ -13,10 +13,10 @@ def test_the_miniature_measures_every_row_and_draws_the_curve(tmp_path, monkeypa
     import miniature
 
     arguments = ["--out", str(tmp_path), "--seeds", "0", "--steps", "2", "--tune-steps", "5", "--processes", "1"]
-    text = miniature.main([*arguments, "--triggers", "1", "--wide-seeds", "0"])
+    text = miniature.main([*arguments, "--triggers", "1", "--several", "0", "--wide", "0"])
     assert "DAM + trigger inversion" in text
     assert "plain merge, λ = 0.5" in text
-    record = json.loads((tmp_path / "seed-0.json").read_text())["one model: corner patch"]
+    record = json.loads((tmp_path / "seed-0-0.json").read_text())["one model: corner patch"]
     assert record["rows"]["Concrete"]["success"]["digits"]["total"] > 200
     assert (tmp_path / "dam.png").stat().st_size > 10_000
     sys.modules.pop("world", None)
