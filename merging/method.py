@@ -269,6 +269,7 @@ def weighted_sum(tile: Tile) -> Any:
     return tile.total()
 
 
+@formula("weighted mean")
 def weighted_mean(tile: Tile) -> Tensor:
     """The weighted sum divided by the sum of the weights.
 

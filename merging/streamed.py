@@ -6,6 +6,7 @@ import platform
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
@@ -128,7 +129,7 @@ def merge(
 # -- one tile at a time ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Taking:
     """The sink of a merge: finished tiles go onto the base and to the writer, under every name they have."""
 
@@ -139,11 +140,9 @@ class _Taking:
     def __call__(self, tile: Tile) -> None:
         _take(self.prepared, self.writer, self.aliases, tile)
 
-    @property
-    def kinds(self) -> dict[str, torch.dtype] | None:
-        """The dtypes in which weights that were finished elsewhere are wanted; None where the method makes weights."""
-        if self.prepared.space != "delta":
-            return None
+    @cached_property
+    def kinds(self) -> dict[str, torch.dtype]:
+        """The dtypes in which finished weights are wanted."""
         return {name: self._kind(name) for name in self.prepared.merged}
 
     def _kind(self, name: str) -> torch.dtype:

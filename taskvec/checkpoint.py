@@ -201,6 +201,11 @@ class _File:
                 raise ChangedFileError(f"{self.path}: the file became shorter while it was read.")
             done += count
 
+    @property
+    def descriptor(self) -> int:
+        """For positioned reads, while this object lives."""
+        return self._fd
+
     def ahead(self, place: _Place, start: int, stop: int) -> None:
         size = place.info.dtype.itemsize
         os.posix_fadvise(self._fd, place.offset + start * size, (stop - start) * size, os.POSIX_FADV_WILLNEED)
@@ -397,6 +402,14 @@ class Checkpoint:
             into.copy_(self._pickled[name].read_flat(name, start, stop))
         else:
             self._places[name].file.read_into(self._places[name], start, into.view(torch.uint8))
+
+    def extent(self, name: str, start: int, stop: int) -> tuple[int, int, int] | None:
+        """File descriptor, offset and bytes of these elements; None where they do not lie in a file as they are."""
+        place = self._places.get(name)
+        if place is None:
+            return None
+        size = place.info.dtype.itemsize
+        return place.file.descriptor, place.offset + start * size, (stop - start) * size
 
     def read_ahead(self, name: str, start: int, stop: int) -> None:
         """Tells the operating system that these elements are wanted soon."""

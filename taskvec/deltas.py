@@ -1,18 +1,21 @@
 """The task vectors of one merge, read together: for each name a stack `[task, *shape]`, one tile at a time."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Protocol
+from typing import Annotated, Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from taskvec.checkpoint import Checkpoint
+from taskvec import native
+from taskvec.checkpoint import Checkpoint, raw_bytes
 from taskvec.errors import MismatchError
+from taskvec.native import AS_IS, LESS_BASE, PLUS_BASE, Stored
 from taskvec.precision import compute_dtype, is_float
 from taskvec.source import DeltaSource, TensorInfo, TensorSource
 
-Watch = Callable[[TensorSource, str, Tensor], None]
+Watch = Callable[[TensorSource, str, "Tensor | memoryview"], None]
 """Called with each raw piece as it is read (source, tensor name, stored values), so that hashing costs no pass."""
 
 
@@ -30,6 +33,7 @@ class Tile:
         base: the base's values, [n] or [*shape]; None when there is no base.
         weights: the task weights that hold for this tensor, [task] (or [task, n] when they differ by element).
         merged: for postprocessing, the merged delta so far; None before.
+        squares: sums of squares of the stack, float64 [task, chunk], where reading made them and found the base finite.
     """
 
     name: str
@@ -41,6 +45,7 @@ class Tile:
     base: Annotated[Tensor, "*n"] | None
     weights: Annotated[Tensor, "task"]
     merged: Annotated[Tensor, "*n"] | None = None
+    squares: "np.ndarray[Any, Any] | None" = None
 
     def with_stack(self, stack: Tensor) -> "Tile":
         return replace(self, stack=stack)
@@ -175,6 +180,31 @@ class StackDeltas:
     def numel(self) -> int:
         return sum(info.numel for info in self.infos.values())
 
+    masked = False
+
+    @property
+    def has_base(self) -> bool:
+        """Whether the base's values are known."""
+        return bool(self._base)
+
+    def compiles(self, name: str) -> bool:
+        """Whether compiled passes can take this tensor as it is stored."""
+        return native.readable([self._flat[name].dtype], len(self.tasks)) and self._flat[name].stride(1) == 1
+
+    def weights_of(self, name: str, start: int, stop: int) -> Tensor:
+        """The task weights that hold for these elements."""
+        return self._weights(name, start, stop)
+
+    def pieces(
+        self, name: str, start: int, stop: int, size: int, watch: Watch | None = None, room: "Room | None" = None
+    ) -> Iterator[Stored]:
+        """The elements from `start` to `stop` as they lie in memory, `size` at a time."""
+        flat, base = self._flat[name], self._base.get(name)
+        for begin in range(start, stop, size):
+            end = min(begin + size, stop)
+            rows: list[Tensor | None] = [row[begin:end] for row in flat]
+            yield Stored(name, begin, end, rows, [AS_IS] * len(rows), None if base is None else base[begin:end])
+
     def tile(self, name: str, start: int, stop: int, watch: Watch | None = None) -> Tile:
         info = self.infos[name]
         stack = self._flat[name][:, start:stop].to(info.dtype)
@@ -227,10 +257,19 @@ class ModelDeltas:
         }
         self._weights = weights or constant([1.0] * len(tasks))
         self._masks = masks
+        self._relations = [
+            AS_IS if base is None or task.is_delta == (space == "delta") else PLUS_BASE if task.is_delta else LESS_BASE
+            for task in tasks
+        ]
 
     @property
     def numel(self) -> int:
         return sum(info.numel for info in self.infos.values())
+
+    @property
+    def masked(self) -> bool:
+        """Whether masks multiply the deltas."""
+        return self._masks is not None
 
     def inputs(self) -> list[TensorSource]:
         """The tasks' sources, in order."""
@@ -240,6 +279,16 @@ class ModelDeltas:
         """Whether every delta is a whole model less the base, and nothing else."""
         whole = self.base is not None and self.space == "delta" and self._masks is None
         return whole and not any(task.is_delta for task in self._tasks)
+
+    @property
+    def has_base(self) -> bool:
+        """Whether there is a base."""
+        return self.base is not None
+
+    def compiles(self, name: str) -> bool:
+        """Whether compiled passes can take this tensor as it is stored."""
+        sources = [*([self.base] if self.base is not None else []), *(task.source for task in self._tasks)]
+        return native.readable([s.infos[name].dtype for s in sources if name in s.infos], len(self.tasks))
 
     def weights_of(self, name: str, start: int, stop: int) -> Tensor:
         """The task weights that hold for these elements."""
@@ -263,38 +312,73 @@ class ModelDeltas:
             if ahead is not None and source is not None and name in source.infos:
                 ahead(name, start, stop)
 
+    def pieces(
+        self, name: str, start: int, stop: int, size: int, watch: Watch | None = None, room: "Room | None" = None
+    ) -> Iterator[Stored]:
+        """The elements from `start` to `stop` as the inputs store them, `size` at a time, in order.
+
+        With a `room` they lie there, each piece where the one before it lay: take what you need before you ask for the
+        next.
+        """
+        # a delta source lacks what it does not change; whole models were checked before
+        places = [place for place, task in enumerate(self._tasks) if name in task.source.infos]
+        sources = [self._tasks[place].source for place in places] + ([] if self.base is None else [self.base])
+        reading = _Reading(sources, name, room)
+        stored: Stored | None = None
+        for begin in range(start, max(stop, start + 1), size):
+            end = min(begin + size, stop)
+            found = reading(begin, end)
+            if watch is not None:
+                seen: Sequence[Tensor | memoryview] = reading.seen or found
+                for source, raw in zip(sources, seen):
+                    watch(source, name, raw)
+            if stored is not None and reading.same and stored.count == end - begin:
+                stored.start, stored.stop = begin, end
+            else:
+                rows: list[Tensor | None] = [None] * len(self._tasks)
+                for place, raw in zip(places, found):
+                    rows[place] = raw
+                base = None if self.base is None else found[-1]
+                stored = Stored(name, begin, end, rows, self._relations, base)
+            yield stored
+
     def tile(self, name: str, start: int, stop: int, watch: Watch | None = None, room: "Room | None" = None) -> Tile:
         """One tile; it lies in `room` where that is given and large enough, instead of in new memory."""
         info = self.infos[name]
-        base = None
-        if self.base is not None:
-            raw = _read(self.base, name, start, stop, room)
-            if watch is not None:
-                watch(self.base, name, raw)
-            # never the room's own memory: the next read would change it
-            base = raw.to(info.dtype, copy=room is not None)
+        (stored,) = self.pieces(name, start, stop, max(1, stop - start), watch, room)
         count, size = len(self._tasks), stop - start
         if room is not None and info.dtype == room.stack.dtype and count * size <= room.stack.numel():
             stack = room.stack[: count * size].view(count, size)
         else:
             stack = torch.empty(count, size, dtype=info.dtype)
-        for row, task in zip(stack, self._tasks):
-            if name not in task.source.infos:
-                row.zero_()  # a delta source lacks what it does not change; whole models were checked before
-            else:
-                raw = _read(task.source, name, start, stop, room)
-                if watch is not None:
-                    watch(task.source, name, raw)
-                row.copy_(raw)
-            if task.is_delta == (self.space == "delta") or base is None:
-                continue
-            if task.is_delta:
-                row.add_(base)
-            else:
-                row.sub_(base)
+        squares = None
+        if native.usable() and info.dtype == torch.float32 and stored.known():
+            base = None if stored.base is None else torch.empty(size)
+            sums = stored.squares() if watch is not None and self._masks is None else None
+            if native.load(stored, stack, base, sums):
+                squares = sums
+        else:
+            base = self._widened(stored, stack)
         if self._masks is not None:
             stack.mul_(self._masks(name, start, stop).to(stack))
-        return Tile(name, info.shape, start, stop, self.tasks, stack, base, self._weights(name, start, stop))
+        weights = self._weights(name, start, stop)
+        return Tile(name, info.shape, start, stop, self.tasks, stack, base, weights, squares=squares)
+
+    @staticmethod
+    def _widened(stored: Stored, stack: Tensor) -> Tensor | None:
+        """Fills the stack; gives the base in its dtype. The eager form of `native.load`."""
+        # a copy, never the room's own memory: the next read would change it
+        base = None if stored.base is None else stored.base.to(stack.dtype, copy=True)
+        for row, raw, relation in zip(stack, stored.rows, stored.relations):
+            if raw is None:
+                row.zero_()
+                continue
+            row.copy_(raw)
+            if base is not None and relation == PLUS_BASE:
+                row.add_(base)
+            elif base is not None and relation == LESS_BASE:
+                row.sub_(base)
+        return base
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,23 +387,73 @@ class Room:
 
     Attributes:
         stack: flat float32, for the stack.
-        raw: bytes, for what is read of one input.
+        raw: bytes, for what is read of the inputs; `each` for one of them.
     """
 
     stack: Tensor
     raw: Tensor
+    each: int
 
     @classmethod
     def of(cls, tasks: int, tile: int) -> "Room":
-        return cls(torch.empty(tasks * tile), torch.empty(8 * tile, dtype=torch.uint8))
+        # memory that is never touched costs nothing, so wide dtypes may be provided for
+        return cls(torch.empty(tasks * tile), torch.empty((tasks + 1) * 8 * tile, dtype=torch.uint8), 8 * tile)
 
 
-def _read(source: TensorSource, name: str, start: int, stop: int, room: Room | None) -> Tensor:
-    """A piece as stored, in the room where the source can read into given memory."""
+class _Reading:
+    """Reads pieces of one tensor from several sources, into the room where sources can read into given memory.
+
+    Attributes:
+        same: whether a piece lies where the one before it lay, and only its values changed.
+        seen: the bytes of the last piece, in the order of the sources, where they were prepared.
+    """
+
+    def __init__(self, sources: Sequence[TensorSource], name: str, room: Room | None):
+        self._sources, self._name, self._room = sources, name, room
+        self.same = room is not None and all(
+            isinstance(source, Checkpoint) and source.extent(name, 0, 0) is not None for source in sources
+        )
+        self.seen: list[memoryview] = []
+        self._count = -1
+        self._found: list[Tensor] = []
+        if self.same:
+            extents = [source.extent(name, 0, 1) or (0, 0, 0) for source in sources if isinstance(source, Checkpoint)]
+            self._files = np.array([file for file, _, _ in extents], np.int32)
+            self._first = np.array([offset for _, offset, _ in extents], np.int64)
+            self._item = np.array([size for _, _, size in extents], np.int64)
+
+    def __call__(self, start: int, stop: int) -> list[Tensor]:
+        if not self.same:
+            return [_read(source, self._name, start, stop, self._room, at) for at, source in enumerate(self._sources)]
+        if stop - start != self._count:
+            self._provide(stop - start)
+        failed: int | None = 0
+        if native.usable():
+            failed = native.read(self._files, self._first + start * self._item, self._sizes, self._into)
+        if failed is not None:  # again, or for the first time, with errors that name the file
+            for source, into in zip(self._sources[failed:], self._found[failed:]):
+                assert isinstance(source, Checkpoint)
+                source.read_into(self._name, start, stop, into)
+        return self._found
+
+    def _provide(self, count: int) -> None:
+        self._count, self._sizes = count, count * self._item
+        self._found = [
+            _place(self._room, at, count, source.infos[self._name].dtype) for at, source in enumerate(self._sources)
+        ]
+        self.seen = [raw_bytes(into) for into in self._found]
+        self._into = np.array([into.data_ptr() for into in self._found], np.int64)
+
+
+def _place(room: Room | None, index: int, count: int, dtype: torch.dtype) -> Tensor:
+    assert room is not None
+    return room.raw[index * room.each : index * room.each + count * dtype.itemsize].view(dtype)
+
+
+def _read(source: TensorSource, name: str, start: int, stop: int, room: Room | None, index: int) -> Tensor:
     if room is None or not isinstance(source, Checkpoint):
         return source.read_flat(name, start, stop)
-    dtype = source.infos[name].dtype
-    into = room.raw[: (stop - start) * dtype.itemsize].view(dtype)
+    into = _place(room, index, stop - start, source.infos[name].dtype)
     source.read_into(name, start, stop, into)
     return into
 
@@ -338,8 +472,15 @@ class OneTensor:
     def numel(self) -> int:
         return sum(info.numel for info in self.infos.values())
 
-    def tile(self, name: str, start: int, stop: int, watch: Watch | None = None) -> Tile:
+    def tile(self, name: str, start: int, stop: int, watch: Watch | None = None, room: Room | None = None) -> Tile:
+        if room is not None and isinstance(self._deltas, ModelDeltas):
+            return self._deltas.tile(name, start, stop, watch, room)
         return self._deltas.tile(name, start, stop, watch)
+
+    @property
+    def whole(self) -> Deltas:
+        """The deltas of which this is one tensor."""
+        return self._deltas
 
 
 def rounding_of(deltas: Deltas, name: str) -> float:

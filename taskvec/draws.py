@@ -15,7 +15,8 @@ _M1, _M2 = 0x7FEB352D, 0x846CA68B
 _BLOCK = 1 << 16  # values mixed at a time: two such arrays fit the second-level cache
 
 
-def _keys(seed: int, task: str, name: str, high: int) -> tuple[int, int]:
+def keys(seed: int, task: str, name: str, high: int) -> tuple[int, int]:
+    """What is added to an element's index (its low 32 bits; `high` are the others) and what that is multiplied with."""
     digest = blake2b(f"{seed}\0{task}\0{name}\0{high}".encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little") | 1
 
@@ -25,7 +26,7 @@ def bits(seed: int, task: str, name: str, start: int, stop: int) -> np.ndarray[t
     if start >> 32 != max(start, stop - 1) >> 32:
         edge = (start >> 32) + 1 << 32
         return np.concatenate([bits(seed, task, name, start, edge), bits(seed, task, name, edge, stop)])
-    add, multiply = _keys(seed, task, name, start >> 32)
+    add, multiply = keys(seed, task, name, start >> 32)
     result = np.empty(stop - start, dtype=np.uint32)
     steps = np.arange(min(_BLOCK, stop - start), dtype=np.uint32)
     scratch = np.empty_like(steps)
@@ -54,4 +55,9 @@ def keep(seed: int, task: str, name: str, start: int, stop: int, density: float)
     """True with probability `density`, bool [stop - start] (resolution 2^-32)."""
     if density >= 1:
         return torch.ones(stop - start, dtype=torch.bool)
-    return torch.from_numpy(bits(seed, task, name, start, stop) < np.uint32(int(density * 2**32)))
+    return torch.from_numpy(bits(seed, task, name, start, stop) < np.uint32(limit(density)))
+
+
+def limit(density: float) -> int:
+    """What an element's 32 bits must be below to be kept; 2^32 keeps all."""
+    return min(int(density * 2**32), 1 << 32)

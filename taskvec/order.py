@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from taskvec import native
 from taskvec.deltas import Tile
+from taskvec.native import Stored
 from taskvec.plan import Fold, Sample, Selection, SubPlan, formula, formula_of
 
 SAMPLE = 1 << 19  # at rank fraction 0.9 the bracket then holds about 0.6 % of the elements
@@ -63,9 +65,15 @@ def order_statistics(of: Callable[[Tile], Tensor], ranks: Sequence[Sequence[int]
         return [[_of_sorted(np.sort(row), rank) for rank in wanted] for row, wanted in zip(rows, ranks)]
     brackets = [_brackets(row, wanted, numel) for row, wanted in zip(rows, ranks)]
     del values, rows
-    counted = yield Fold(lambda tile: _count(of(tile), brackets), _joined)
+
+    def count(tile: Tile) -> list[list[_Count]]:
+        return _count(of(tile), brackets)
+
+    if told is not None and told.name == "magnitude":
+        count = formula("counts of magnitudes", brackets=brackets)(count)
+    counts = yield Fold(count, _joined)
     found: list[list[OrderStatistic | None]] = [
-        [count.resolve(rank, numel) for count, rank in zip(row, wanted)] for row, wanted in zip(counted, ranks)
+        [count.resolve(rank, numel) for count, rank in zip(row, wanted)] for row, wanted in zip(counts, ranks)
     ]
     missed = [[k for k, value in zip(wanted, row) if value is None] for row, wanted in zip(found, ranks)]
     if any(missed):
@@ -176,7 +184,15 @@ def _count(values: Tensor, brackets: Sequence[Sequence[_Bracket]]) -> list[list[
     """Counts against each bracket. On the CPU numpy does it: its comparisons and counts of bools are vectorised."""
     if values.device.type != "cpu":
         return _count_there(values.detach(), brackets)
-    rows = values.detach().reshape(len(values), -1).to("cpu").numpy()
+    flat = values.detach().reshape(len(values), -1)
+    if flat.dtype == torch.float32 and native.usable() and len(flat) <= native.MOST_TASKS and flat.shape[1]:
+        low, high = (
+            np.array([[getattr(bracket, end) for bracket in row] for row in brackets], np.float32)
+            for end in ("low", "high")
+        )
+        stored = Stored("", 0, flat.shape[1], [row.contiguous() for row in flat], [native.AS_IS] * len(flat), None)
+        return _of_native(native.count(stored, "value", low, high), brackets)
+    rows = flat.numpy()
     result = []
     for row, wanted in zip(rows, brackets):
         counts = []
@@ -196,6 +212,28 @@ def _count(values: Tensor, brackets: Sequence[Sequence[_Bracket]]) -> list[list[
             counts.append(count)
         result.append(counts)
     return result
+
+
+def counted(
+    stored: Stored, brackets: Sequence[Sequence[_Bracket]], squares: Any = None
+) -> tuple[list[list[_Count]], bool]:
+    """Counts of the magnitudes of a tile as it is stored, and whether its base is finite (looked at with `squares`)."""
+    low, high = (
+        np.array([[getattr(bracket, end) for bracket in row] for row in brackets], np.float32)
+        for end in ("low", "high")
+    )
+    found = native.count(stored, "magnitude", low, high, squares)
+    return _of_native(found, brackets), found.base_finite
+
+
+def _of_native(found: native.Counted, brackets: Sequence[Sequence[_Bracket]]) -> list[list[_Count]]:
+    return [
+        [
+            _Count(bracket, below, at_low, at_high, [inside] if len(inside) else [], len(inside))
+            for bracket, (below, at_low, at_high), inside in zip(wanted, rows, insides)
+        ]
+        for wanted, rows, insides in zip(brackets, found.counts.tolist(), found.inside)
+    ]
 
 
 def _count_there(values: Tensor, brackets: Sequence[Sequence[_Bracket]]) -> list[list[_Count]]:

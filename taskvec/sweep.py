@@ -20,15 +20,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from taskvec import native
 from taskvec.checkpoint import SEGMENT, Checkpoint, SegmentDigest, raw_bytes
+from taskvec.compiled import Chain
 from taskvec.deltas import Deltas, ModelDeltas, OneTensor, Room, StackDeltas, Tile
 from taskvec.errors import NonFiniteError
 from taskvec.moments import CHUNK, exact, rounded_sum
+from taskvec.native import Stored
+from taskvec.order import counted
 from taskvec.plan import Fold, Formula, Kernel, Plan, Report, Sample, Selection, formula_of
 from taskvec.source import TensorSource
 
 TILE = 1 << 19  # elements a task: with smaller ones threads wait for each other between calls, larger ones gain nothing
 TILE_RESIDENT = 1 << 24  # on a GPU launches cost more than cache misses
+PIECES = 5 << 18  # bytes of all inputs that a compiled pass takes at a time: they stay in the second-level cache
 SAMPLE_BLOCK = 256
 
 Role = Literal["preprocess", "combine", "postprocess"]
@@ -192,6 +197,8 @@ class _Sweep:
         self._kept: dict[tuple[str, int], Tile] = {}
         tile_bytes = self.tile * 4 * (4 * len(deltas.tasks) + 4) * self.workers
         self._keep_budget = 0 if self.resident else max(0, memory - tile_bytes) // 2
+        if not there and self._cached(memory):
+            self._keep_budget = 0
         if options.device != "cpu" and not self.resident:  # kept tiles lie on the GPU
             self._keep_budget = min(self._keep_budget, torch.cuda.mem_get_info(torch.device(options.device))[0] // 2)
         self._gate = _Gate(max(memory - self._keep_budget, 1))
@@ -206,6 +213,11 @@ class _Sweep:
         self.readers = self.workers
         self._fused = _resident_on_gpu(deltas) if self.resident and scope == "model" and not self.whole else None
 
+    def _cached(self, memory: int) -> bool:
+        """Whether the system keeps the inputs' pages anyway, and reading them again costs less than keeping deltas."""
+        size = getattr(self.deltas, "bytes_per_pass", None)
+        return size is not None and native.usable() and size() <= free_memory() // 2
+
     # -- the two scopes ------------------------------------------------------------------------------------------------
 
     def run(self) -> Outcome:
@@ -213,7 +225,7 @@ class _Sweep:
             self._upload()
             for stage in self.stages:
                 self._chain.append((stage, self._plan(stage)))
-            if not self._merged_fused():
+            if not self._merged_fused() and not self._merged_compiled():
                 self._pass(self._finish_tile, "merging")
             self._late_reports()
         else:
@@ -274,9 +286,13 @@ class _Sweep:
         if start == stop:  # nothing to take statistics of
             self._finish_tile(self.deltas.tile(name, start, stop))
             return
-        need = self._whole_bytes(stop - start) if self.whole else (stop - start) * 4 * (len(self.deltas.tasks) + 2)
+        need = (stop - start) * 4 * (len(self.deltas.tasks) + 2)
+        if self.whole:
+            need = self._whole_bytes(stop - start)
+        elif self._keep_budget == 0:
+            need = 0
         with self._gate(need) as fits:
-            small = _TensorSweep(self, name, keep=fits)
+            small = _TensorSweep(self, name, keep=fits and need > 0)
             small.run()
 
     # -- on a GPU ------------------------------------------------------------------------------------------------------
@@ -400,6 +416,9 @@ class _Sweep:
         return sorted(big, key=lambda n: -self.deltas.infos[n].numel) + [n for n in self.deltas.infos if n not in big]
 
     def _fold(self, fold: Fold, label: str) -> Any:
+        told = formula_of(fold.of)
+        if told is not None and told.name == "counts of magnitudes" and not self._chain and self._compiles():
+            return self._counted(told.numbers["brackets"], fold, label)
         partials: list[Any] = []
         lock = threading.Lock()
 
@@ -412,6 +431,150 @@ class _Sweep:
 
         self._pass(work, label)
         return partials[0]
+
+    # -- compiled passes over tiles as they are stored -----------------------------------------------------------------
+
+    def _merged_compiled(self) -> bool:
+        """The last pass by compiled code, from what is stored to what is written; False where that is not known."""
+        chain = Chain.of([formula_of(kernel) for _, kernel in self._chain])
+        kinds: Mapping[str, torch.dtype] | None = getattr(self.sink, "kinds", None)
+        into = self.sink if isinstance(self.sink, Into) else None
+        if chain is None or not self._compiles() or (kinds is None and into is None):
+            return False
+        within: Any = self._within()
+        onto_base = kinds is not None and getattr(within, "space", "") == "delta"
+
+        def begin(name: str, start: int, stop: int) -> Callable[[Stored, Any], None] | None:
+            weights = within.weights_of(name, start, stop)
+            how = chain.at(
+                name, start, self.deltas.tasks, weights, onto_base=onto_base, scale=into.scale if into else 1.0
+            )
+            if how is None or (onto_base and not within.has_base):
+                return None
+            out = into.places[name].view(-1)[start:stop] if into else self._out(stop - start, kinds[name])  # type: ignore[index]
+
+            def work(stored: Stored, squares: Any) -> None:
+                base_finite, finite = native.merge(stored, how, out[stored.start - start :], squares)
+                if squares is not None:
+                    self._take_squares(stored, squares, base_finite)
+                if not finite and into is None:  # the eager form says what is wrong
+                    self._finish_tile(self.deltas.tile(name, stored.start, stored.stop))
+                elif into is None and stored.stop == stop:
+                    self.sink.take_weights(name, start, out)  # type: ignore[attr-defined]
+
+            return work
+
+        if into is not None and not all(self._fits_into(place) for place in into.places.values()):
+            return False
+        self._stored_pass(begin, self._finish_tile, "merging")
+        return True
+
+    def _out(self, count: int, dtype: torch.dtype) -> Tensor:
+        """Memory for finished weights that this thread uses again and again."""
+        size = count * dtype.itemsize
+        room: Tensor | None = getattr(self._local, "out", None)
+        if room is None or room.numel() < size:
+            room = self._local.out = torch.empty(size, dtype=torch.uint8)
+        return room[:size].view(dtype)
+
+    @staticmethod
+    def _fits_into(place: Tensor) -> bool:
+        return place.dtype == torch.float32 and place.device.type == "cpu" and place.is_contiguous()
+
+    def _within(self) -> Deltas:
+        """The deltas, or those of the whole model where they are one tensor of it."""
+        return self.deltas.whole if isinstance(self.deltas, OneTensor) else self.deltas
+
+    def _compiles(self) -> bool:
+        """Whether these deltas come as stored tiles that compiled passes can take."""
+        within = self._within()
+        plain = isinstance(within, ModelDeltas | StackDeltas) and not within.masked
+        on_cpu = self.options.device == "cpu" and not (isinstance(within, StackDeltas) and within.device.type != "cpu")
+        return plain and on_cpu and not self.whole and native.usable()
+
+    def _stored_pass(
+        self,
+        begin: Callable[[str, int, int], "Callable[[Stored, Any], None] | None"],
+        eager: Callable[[Tile], None],
+        label: str,
+    ) -> None:
+        """One pass that hands out tiles as they are stored, with room for their squares where these are not known yet.
+
+        Args:
+            begin: gives the work to be done on the pieces of an item; None where it must be done on tiles.
+            eager: the work on tiles, for that and for what compiled code cannot read (float64, float8).
+            label: what to call it.
+        """
+        self.outcome.passes += 1
+        first = not self._read_once
+        source: Any = self._within()
+        size = max(1, PIECES // (2 * (len(self.deltas.tasks) + 1) * CHUNK)) * CHUNK
+        size = min(self.tile, size)
+
+        def item(name: str, start: int, stop: int) -> None:
+            info = self.deltas.infos[name]
+            work = None
+            if start < stop and info.dtype == torch.float32 and name not in self.skip and source.compiles(name):
+                work = begin(name, start, stop)
+            if work is None:
+                for tile in self._tiles(name, start, stop, first):
+                    eager(tile)
+                return
+            watch = _Watch(self, name, start // SEGMENT) if first and not self.resident else None
+            room = None if self.resident else self._room(size)
+            for stored in source.pieces(name, start, stop, size, watch, room):
+                if self._stop.is_set():
+                    return
+                work(stored, stored.squares() if first else None)
+            if watch is not None:
+                watch.close()
+
+        self._parallel(self._items(), item, label)
+        self._read_once = True
+
+    def _counted(self, brackets: Any, fold: Fold, label: str) -> Any:
+        """Counts of magnitudes against brackets, taken from what is stored."""
+        partials: list[Any] = []
+        lock = threading.Lock()
+
+        def join(part: Any) -> None:
+            with lock:
+                partials[:] = [fold.join(partials[0], part)] if partials else [part]
+
+        def work(stored: Stored, squares: Any) -> None:
+            part, base_finite = counted(stored, brackets, squares)
+            if squares is not None:
+                self._take_squares(stored, squares, base_finite)
+            join(part)
+
+        def eager(tile: Tile) -> None:
+            if tile.start < tile.stop:
+                join(fold.of(tile))
+
+        self._stored_pass(lambda name, start, stop: work, eager, label)
+        return partials[0]
+
+    def _take_squares(self, stored: Stored, squares: Any, base_finite: bool) -> None:
+        """Adds to the norms; refuses what is not a number."""
+        rows = squares.tolist()
+        if not base_finite or not all(math.isfinite(sum(row)) for row in rows):
+            self._blame(self.deltas.tile(stored.name, stored.start, stored.stop))
+        self._add_squares(rows)
+
+    def _add_squares(self, rows: Sequence[Sequence[float]]) -> None:
+        sums = [sum(map(exact, row)) for row in rows]
+        with self._lock:
+            for task, total in enumerate(sums):
+                self._squares[task] += total
+
+    def _room(self, size: int) -> Room:
+        """Memory that this thread uses again and again."""
+        room: Room | None = getattr(self._local, "room", None)
+        if room is None or room.each < 8 * size:
+            room = self._local.room = Room.of(len(self.deltas.tasks), size)
+        return room
+
+    # -- passes over tiles ---------------------------------------------------------------------------------------------
 
     def _pass(self, work: Callable[[Tile], None], label: str) -> None:
         self.outcome.passes += 1
@@ -447,12 +610,11 @@ class _Sweep:
 
     def _read(self, name: str, start: int, stop: int, watch: "_Watch | None") -> Tile:
         """A tile; one that will not be kept lies in memory that this thread uses again for the next."""
-        if isinstance(self.deltas, ModelDeltas) and not self.whole and self.options.device == "cpu":
+        within = self._within()
+        if isinstance(within, ModelDeltas) and not self.whole and self.options.device == "cpu":
             size = len(self.deltas.tasks) * (stop - start) * 4
             if not self._more_passes or self._keep_budget < 2 * size:
-                if getattr(self._local, "room", None) is None:
-                    self._local.room = Room.of(len(self.deltas.tasks), self.tile)
-                return self.deltas.tile(name, start, stop, watch, self._local.room)
+                return within.tile(name, start, stop, watch, self._room(self.tile))
         return self.deltas.tile(name, start, stop, watch)
 
     def _keep(self, tile: Tile) -> None:
@@ -491,14 +653,17 @@ class _Sweep:
         if tile.stack.device.type != "cpu":
             self._examine_there(tile)
             return
+        if tile.squares is not None:
+            rows = tile.squares.tolist()
+            if not all(math.isfinite(sum(row)) for row in rows):
+                self._blame(tile)
+            self._add_squares(rows)
+            return
         parts = chunk_squares(tile.stack)
         if not all(map(math.isfinite, map(sum, parts))) or (tile.base is not None and not _is_finite(tile.base)):
             self._blame(tile)
             parts = chunk_squares(tile.stack.double())  # finite, but their squares are not in float32
-        sums = [sum(map(exact, row)) for row in parts]
-        with self._lock:
-            for task, total in enumerate(sums):
-                self._squares[task] += total
+        self._add_squares(parts)
 
     def _examine_there(self, tile: Tile) -> None:
         """The same on a GPU, with one wait for each tile."""
@@ -620,12 +785,12 @@ class _TensorSweep(_Sweep):
         super().__init__(deltas, outer.stages, outer.sink, "model", options, outer.skip)
         self.outer, self.name, self.resident = outer, name, outer.resident
         self._keep_budget = 0 if outer.resident or not keep else 1 << 62
-        self._stop, self._digests = outer._stop, outer._digests
+        self._stop, self._digests, self._local = outer._stop, outer._digests, outer._local
 
     def run(self) -> Outcome:
         for stage in self.stages:
             self._chain.append((stage, self._plan(stage)))
-        if not self._merged_fused():
+        if not self._merged_fused() and not self._merged_compiled():
             self._pass(self._finish_tile, "merging")
         self._late_reports()
         with self.outer._lock:
@@ -653,12 +818,13 @@ class _Watch:
         self._owner, self._name, self._segment = owner, name, segment
         self._hashers: dict[int, tuple[Checkpoint, Any, int]] = {}
 
-    def __call__(self, source: TensorSource, name: str, raw: Tensor) -> None:
+    def __call__(self, source: TensorSource, name: str, raw: "Tensor | memoryview") -> None:
         if not isinstance(source, Checkpoint):
             return
         from blake3 import blake3
 
-        data, size = raw_bytes(raw), raw.dtype.itemsize
+        data = raw if isinstance(raw, memoryview) else raw_bytes(raw)
+        size = source.infos[name].dtype.itemsize
         _, hasher, room = self._hashers.get(id(source), (source, blake3(), SEGMENT))
         done = 0
         while len(data) // size - done >= room:  # whole tensors cross segments

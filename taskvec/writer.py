@@ -38,6 +38,7 @@ from taskvec.precision import dtype_named, is_float, rounded
 from taskvec.source import TensorInfo, TensorSource
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
+_WRITE = 1 << 20  # bytes written by one call
 _JOURNAL = "taskvec-journal.jsonl"
 _UNITS = {
     "": 1,
@@ -296,7 +297,7 @@ class CheckpointWriter:
         view, done = memoryview(data), 0
         try:
             while done < len(view):
-                done += os.pwrite(shard.fd, view[done:], offset + done)
+                done += os.pwrite(shard.fd, view[done : done + _WRITE], offset + done)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise DiskFullError(f"{self.out}: the disk is full. Nothing was left under that name.") from error

@@ -1,9 +1,7 @@
 """Weighted averaging."""
 
-from torch import Tensor
-
-from merging.method import merge_method, weighted_mean
-from taskvec.deltas import Deltas, Tile
+from merging.method import merge_method, weighted_mean, weighted_sum
+from taskvec.deltas import Deltas
 from taskvec.plan import Kernel
 
 
@@ -17,8 +15,4 @@ def average(deltas: Deltas, *, normalize: bool = True) -> Kernel:
     The uniform soup of "Model soups" when all weights are equal. No base is needed. Weights that add up to zero cannot
     be normalised and are refused.
     """
-
-    def kernel(tile: Tile) -> Tensor:
-        return weighted_mean(tile) if normalize else tile.total()
-
-    return kernel
+    return weighted_mean if normalize else weighted_sum

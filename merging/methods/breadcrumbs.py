@@ -6,8 +6,8 @@ from torch import Tensor
 from merging.method import Density, Fraction, merge_method, per_task
 from taskvec.deltas import Deltas, Tile
 from taskvec.moments import l1_ratios
-from taskvec.order import order_statistics
-from taskvec.plan import Plan
+from taskvec.order import magnitudes, order_statistics
+from taskvec.plan import Plan, formula
 
 
 @merge_method("breadcrumbs", paper="arXiv:2312.06795", role="preprocess", statistics="tensor", passes=2)
@@ -33,16 +33,19 @@ def breadcrumbs(
         kept = max(1, int(share * numel))
         first = max(0, numel - kept - int(outliers * numel))
         ranks.append([first, max(first, min(first + kept, numel - int(outliers * numel)) - 1)])
-    found = yield from order_statistics(lambda tile: tile.stack.abs(), ranks, numel)
+    found = yield from order_statistics(magnitudes, ranks, numel)
 
     factors = [1.0] * len(deltas.tasks)
 
+    low, high = [row[0].value for row in found], [row[1].value for row in found]
+
+    @formula("band", low=low, high=high, factors=factors)
     def kernel(tile: Tile) -> Tensor:
         stack = torch.empty_like(tile.stack)
-        for task, (low, high) in enumerate(found):
+        for task, (least, most) in enumerate(zip(low, high)):
             row = tile.stack[task]
             size = row.abs()
-            torch.mul(row, (size >= low.value) & (size <= high.value), out=stack[task])
+            torch.mul(row, (size >= least) & (size <= most), out=stack[task])
             if factors[task] != 1:
                 stack[task].mul_(factors[task])
         return stack

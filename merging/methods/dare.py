@@ -9,7 +9,7 @@ from merging.method import Density, Seed, merge_method, per_task
 from taskvec.deltas import Deltas, Tile
 from taskvec.draws import keep
 from taskvec.moments import l1_ratios
-from taskvec.plan import Plan
+from taskvec.plan import Plan, formula
 
 
 @merge_method("dare", paper="arXiv:2311.03099", role="preprocess", passes=1)
@@ -29,6 +29,7 @@ def dare(deltas: Deltas, *, density: Density = 0.5, rescale: bool | Literal["l1"
 
     factors = [1 / share if rescale is True else 1.0 for share in densities]
 
+    @formula("drop", seed=seed, densities=densities, factors=factors)
     def kernel(tile: Tile) -> Tensor:
         stack = torch.empty_like(tile.stack)
         for row, kept, task, share, factor in zip(tile.stack, stack, tile.tasks, densities, factors):

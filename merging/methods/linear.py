@@ -1,9 +1,7 @@
 """The weighted average under the name that mergekit gives it."""
 
-from torch import Tensor
-
-from merging.method import merge_method, weighted_mean
-from taskvec.deltas import Deltas, Tile
+from merging.method import merge_method, weighted_mean, weighted_sum
+from taskvec.deltas import Deltas
 from taskvec.plan import Kernel
 
 
@@ -17,8 +15,4 @@ def linear(deltas: Deltas, *, normalize: bool = True) -> Kernel:
     Raises:
         ParameterError: the weights add up to zero and are to be normalised.
     """
-
-    def kernel(tile: Tile) -> Tensor:
-        return weighted_mean(tile) if normalize else tile.total()
-
-    return kernel
+    return weighted_mean if normalize else weighted_sum

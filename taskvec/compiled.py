@@ -1,0 +1,100 @@
+"""Which chains of kernels the compiled CPU passes know, and with which numbers.
+
+Plans say what their functions of tiles compute (`taskvec.plan.formula`). Where every link of a chain is known, whole
+tiles go from their stored form to the output's in one call; a method's file is the same either way.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from taskvec.draws import keys, limit
+from taskvec.native import Combination, Step
+from taskvec.plan import Formula
+
+_STEPS = ("trim", "band", "drop")
+_SUMS = ("weighted sum", "weighted mean", "plain mean", "combination")
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """A chain of formulas that can be compiled: steps of preprocessing, one combination, perhaps a scale."""
+
+    steps: Sequence[Formula]
+    combine: Formula
+    scale: float | None
+
+    @classmethod
+    def of(cls, told: Sequence[Formula | None]) -> "Chain | None":
+        """The chain; None where a link is not known here."""
+        formulas = [link for link in told if link is not None]
+        if not formulas or len(formulas) != len(told):
+            return None
+        scale = None
+        if formulas[-1].name == "scale":
+            scale = float(formulas.pop().numbers["scale"])
+        if not formulas or any(link.name not in _STEPS for link in formulas[:-1]):
+            return None
+        if formulas[-1].name not in (*_SUMS, "ties"):
+            return None
+        return cls(formulas[:-1], formulas[-1], scale)
+
+    def at(
+        self, name: str, start: int, tasks: Sequence[str], weights: Tensor, *, onto_base: bool, scale: float = 1.0
+    ) -> Combination | None:
+        """What the chain does to a tile; None where its weights are not one number for each task.
+
+        Args:
+            start: the tile's first element.
+            weights: the task weights that hold there.
+            onto_base: whether the result goes onto the base.
+            scale: a further factor of the result.
+
+        Raises:
+            whatever the chain's own functions raise for these weights.
+        """
+        if weights.ndim != 1:
+            return None
+        numbers = self.combine.numbers
+        steps = [_step(link, name, start, tasks) for link in self.steps]
+        factors = [factor for factor in (self.scale, None if scale == 1.0 else scale) if factor is not None]
+        if len(factors) > 1:
+            return None
+        last = factors[0] if factors else None
+        own = [float(weight) for weight in weights]
+        if self.combine.name == "ties":
+            if any(threshold > 0 for threshold in numbers["thresholds"]):
+                steps.append(Step("trim", low=numbers["thresholds"]))
+            kind = "ties mean" if numbers["normalize"] else "ties sum"
+            return Combination(kind, own, steps, scale=last, onto_base=onto_base)  # type: ignore[arg-type]
+        divisor = factor = None
+        if self.combine.name == "weighted mean":
+            divisor = float(weights.double().sum(0))
+            if divisor == 0:
+                return None  # the kernel itself refuses, in its own words
+        elif self.combine.name == "plain mean":
+            own, divisor, factor = [1.0] * len(tasks), float(len(tasks)), numbers.get("factor")
+        elif self.combine.name == "combination":
+            coefficients: Callable[[Sequence[float]], Sequence[float]] = numbers["coefficients"]
+            own = list(coefficients([float(weight) for weight in weights.double()]))
+        return Combination("weighted sum", own, steps, divisor, factor, last, onto_base)
+
+
+def _step(link: Formula, name: str, start: int, tasks: Sequence[str]) -> Step:
+    numbers: Mapping[str, Any] = link.numbers
+    if link.name == "trim":
+        return Step("trim", low=numbers["thresholds"])
+    factors = numbers["factors"]  # read now: plans may fill them in after they made the kernel
+    scaled = tuple(factors) if any(factor != 1 for factor in factors) else ()
+    if link.name == "band":
+        return Step("band", low=numbers["low"], high=numbers["high"], factor=scaled)
+    drawn = [keys(numbers["seed"], task, name, start >> 32) for task in tasks]
+    return Step(
+        "drop",
+        factor=scaled,
+        add=[add for add, _ in drawn],
+        multiply=[multiply for _, multiply in drawn],
+        limit=[limit(density) for density in numbers["densities"]],
+    )

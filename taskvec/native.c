@@ -1,0 +1,132 @@
+/* Fused passes over tiles on the CPU: read, widen, subtract, select, combine, round, in blocks that stay in the cache.
+ *
+ * Every function here has an eager twin in torch that defines it; results are the same bits, and tests hold them to it.
+ * That is why sums fuse multiply and add exactly where torch's vectorised kernels do (fma below) and nowhere else
+ * (-ffp-contract=off). Without a compiler, or on a machine without AVX2 and FMA, the eager form runs.
+ *
+ * The kernels are compiled twice, for AVX2 and for AVX-512, and chosen when the library is loaded.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdint.h>
+#include <string.h>
+#include <unistd.h>
+
+#define TV_VERSION 1
+
+int tv_version(void) { return TV_VERSION; }
+
+/* Positioned reads of several pieces. Returns -1, or the index of the piece that failed (errno in *error; 0: too short). */
+int tv_read(int count, const int *fds, const int64_t *offsets, const int64_t *sizes, void **into, int *error) {
+    for (int i = 0; i < count; i++) {
+        for (int64_t done = 0; done < sizes[i];) {
+            ssize_t got = pread(fds[i], (char *)into[i] + done, (size_t)(sizes[i] - done), offsets[i] + done);
+            if (got < 0 && errno == EINTR) continue;
+            if (got <= 0) {
+                *error = got < 0 ? errno : 0;
+                return i;
+            }
+            done += got;
+        }
+    }
+    return -1;
+}
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+
+enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };       /* dtypes */
+enum { AS_IS = 0, LESS_BASE = 1, PLUS_BASE = 2 };      /* what becomes of a row before it is a delta (or a weight) */
+enum { TRIM = 0, BAND = 1, DROP = 2 };                 /* steps of preprocessing */
+enum { WEIGHTED_SUM = 0, TIES_MEAN = 1, TIES_SUM = 2 };/* ways to combine */
+enum { MAGNITUDE = 0, VALUE = 1 };                     /* of what order statistics are taken */
+
+#define MOST_TASKS 64
+#define BLOCK 1024   /* elements that go through all steps at a time */
+#define CHUNK 32768  /* elements whose squares make one partial sum */
+
+/* What lies in memory of one tile, as it is stored. A row without memory is zero. */
+typedef struct {
+    int32_t tasks;
+    int32_t base_kind;
+    int64_t count;
+    const void *const *rows;
+    const int32_t *kinds;
+    const int32_t *relations;
+    const void *base; /* NULL: none */
+} tv_tile;
+
+/* One step of preprocessing: for each task its numbers. */
+typedef struct {
+    int32_t type;
+    int32_t scaled;        /* whether `factor` multiplies */
+    const float *low;      /* TRIM, BAND: the least magnitude that is kept */
+    const float *high;     /* BAND: the largest */
+    const float *factor;
+    const uint32_t *add;   /* DROP: keys of the draws; `limit`: what draws must be below, all ones of 64 bits: keep all */
+    const uint32_t *multiply;
+    const uint64_t *limit;
+} tv_step;
+
+typedef struct {
+    int32_t combine;
+    int32_t steps;
+    const tv_step *step;
+    const float *weights;
+    int32_t divided, scaled, onto_base, out_kind;
+    float divisor, factor, scale;
+    int32_t multiplied; /* by `factor`, before `scale` */
+    uint32_t position;  /* of the tile's first element in its tensor, for the draws */
+} tv_merge_plan;
+
+#define AVX512 0
+#define NAME(x) x##_avx2
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt")
+#include "native_kernels.h"
+#pragma GCC pop_options
+#undef NAME
+#undef AVX512
+
+#define AVX512 1
+#define NAME(x) x##_avx512
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt,avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")
+#include "native_kernels.h"
+#pragma GCC pop_options
+#undef NAME
+#undef AVX512
+
+/* 0: not on this processor; 2: AVX2; 5: AVX-512. */
+int tv_level(void) {
+    __builtin_cpu_init();
+    if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))) return 0;
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")
+               ? 5
+               : 2;
+}
+
+#define CHOOSE(level, call) (level == 5 ? call##_avx512 : call##_avx2)
+
+/* The stack in float32, [task, count] at `stride`, the base in float32, sums of squares [task, chunk].
+   Returns 1 where the base holds a value that is not finite. */
+int tv_load(int level, const tv_tile *tile, float *stack, int64_t stride, float *base, double *squares) {
+    return CHOOSE(level, load)(tile, stack, stride, base, squares);
+}
+
+/* Counts against brackets [task, wanted]: below, at the low end, at the high end [task, wanted, 3]; what lies inside goes
+   to `inside` [task, wanted, room] and its number to `held`. Returns 1 where the base is not finite. */
+int tv_count(int level, const tv_tile *tile, int what, int wanted, const float *low, const float *high,
+             int64_t *counts, float *inside, int64_t room, int64_t *held, double *squares) {
+    return CHOOSE(level, count)(tile, what, wanted, low, high, counts, inside, room, held, squares);
+}
+
+/* The merged values in the output's dtype. Returns 1: the base is not finite; 2: a result is not, in that dtype. */
+int tv_merge(int level, const tv_tile *tile, const tv_merge_plan *plan, void *out, double *squares) {
+    return CHOOSE(level, merge)(tile, plan, out, squares);
+}
+
+#else
+int tv_level(void) { return 0; }
+#endif

@@ -1,0 +1,319 @@
+"""The compiled passes of native.c: one call reads, widens, subtracts, selects, combines and rounds a tile.
+
+Each has an eager twin that defines it (named at each function) and whose bits it reproduces; where there was no compiler
+at installation, or the processor lacks AVX2, the twins run. Calls go through ctypes, which lets other threads run.
+"""
+
+import ctypes
+import os
+from collections.abc import Sequence
+from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_uint32, c_uint64, c_void_p
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 15
+"""Elements whose squares make one partial sum."""
+
+MOST_TASKS = 64
+_VERSION = 1
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+AS_IS, LESS_BASE, PLUS_BASE = 0, 1, 2
+
+
+class _Tile(ctypes.Structure):
+    _fields_ = [
+        ("tasks", c_int32),
+        ("base_kind", c_int32),
+        ("count", c_int64),
+        ("rows", POINTER(c_void_p)),
+        ("kinds", POINTER(c_int32)),
+        ("relations", POINTER(c_int32)),
+        ("base", c_void_p),
+    ]
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        ("type", c_int32),
+        ("scaled", c_int32),
+        ("low", POINTER(c_float)),
+        ("high", POINTER(c_float)),
+        ("factor", POINTER(c_float)),
+        ("add", POINTER(c_uint32)),
+        ("multiply", POINTER(c_uint32)),
+        ("limit", POINTER(c_uint64)),
+    ]
+
+
+class _Plan(ctypes.Structure):
+    _fields_ = [
+        ("combine", c_int32),
+        ("steps", c_int32),
+        ("step", POINTER(_Step)),
+        ("weights", POINTER(c_float)),
+        ("divided", c_int32),
+        ("scaled", c_int32),
+        ("onto_base", c_int32),
+        ("out_kind", c_int32),
+        ("divisor", c_float),
+        ("factor", c_float),
+        ("scale", c_float),
+        ("multiplied", c_int32),
+        ("position", c_uint32),
+    ]
+
+
+@dataclass(slots=True)
+class Stored:
+    """One tile as it is stored, before any arithmetic: of each task, and of the base.
+
+    Attributes:
+        name, start, stop: the elements, as in `Tile`.
+        rows: [n] of each task in its stored dtype; None where a delta source lacks the tensor (zero).
+        relations: for each row whether the base is taken off, added, or neither.
+        base: [n]; None where there is none.
+    """
+
+    name: str
+    start: int
+    stop: int
+    rows: list[Tensor | None]
+    relations: list[int]
+    base: Tensor | None
+    _struct: Any = field(default=None, repr=False)
+    _known: bool | None = field(default=None, repr=False)
+
+    @property
+    def count(self) -> int:
+        return self.stop - self.start
+
+    def known(self) -> bool:
+        """Whether the compiled passes can read all of it."""
+        if self._known is None:
+            self._known = self._readable()
+        return self._known
+
+    def _readable(self) -> bool:
+        there = [row for row in (*self.rows, self.base) if row is not None]
+        return len(self.rows) <= MOST_TASKS and all(
+            row.dtype in _KINDS and row.device.type == "cpu" and row.is_contiguous() for row in there
+        )
+
+    def squares(self) -> "np.ndarray[Any, Any]":
+        """Memory for the sums of squares, float64 [task, chunk]."""
+        return np.zeros((len(self.rows), -(-self.count // CHUNK)))
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of preprocessing, for each task its numbers.
+
+    "trim" keeps magnitudes of at least `low` (eager: `torch.hardshrink`), "band" multiplies with whether they lie in
+    [low, high], "drop" with whether the element's draw is below `limit` (eager: `taskvec.draws.keep`); then `factor`.
+    """
+
+    type: Literal["trim", "band", "drop"]
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+    factor: Sequence[float] = ()
+    add: Sequence[int] = ()
+    multiply: Sequence[int] = ()
+    limit: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Combination:
+    """How rows become one: steps, then the combination, then what it is divided by and multiplied with.
+
+    One thread uses it at a time: the compiled form is kept in it and moved on from tile to tile.
+    """
+
+    combine: Literal["weighted sum", "ties mean", "ties sum"]
+    weights: Sequence[float]
+    steps: Sequence[Step] = ()
+    divisor: float | None = None
+    factor: float | None = None
+    scale: float | None = None
+    onto_base: bool = False
+    _kept: list[Any] = field(default_factory=list, repr=False, compare=False)
+
+
+@cache
+def _library() -> Any:
+    """The library and the instruction set it uses; None where there is none."""
+    if os.environ.get("TASKVEC_NATIVE") == "0":
+        return None
+    try:
+        found = find_spec("taskvec._native")
+        if found is None or found.origin is None:
+            return None
+        library = ctypes.CDLL(found.origin)
+        if library.tv_version() != _VERSION or not library.tv_level():
+            return None
+    except (ImportError, OSError, AttributeError):
+        return None
+    library.tv_load.argtypes = [c_int, POINTER(_Tile), c_void_p, c_int64, c_void_p, c_void_p]
+    library.tv_count.argtypes = [
+        c_int, POINTER(_Tile), c_int, c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p,
+    ]  # fmt: skip
+    library.tv_merge.argtypes = [c_int, POINTER(_Tile), POINTER(_Plan), c_void_p, c_void_p]
+    library.tv_read.argtypes = [c_int, c_void_p, c_void_p, c_void_p, c_void_p, POINTER(c_int)]
+    return library, int(library.tv_level())
+
+
+def usable() -> bool:
+    """Whether the compiled passes run here. TASKVEC_NATIVE=0 in the environment switches them off."""
+    return _library() is not None
+
+
+def readable(dtypes: Sequence[torch.dtype], tasks: int) -> bool:
+    """Whether compiled passes take rows of these dtypes, so many together."""
+    return tasks <= MOST_TASKS and all(dtype in _KINDS for dtype in dtypes)
+
+
+def read(
+    files: "np.ndarray[Any, Any]",
+    offsets: "np.ndarray[Any, Any]",
+    sizes: "np.ndarray[Any, Any]",
+    into: "np.ndarray[Any, Any]",
+) -> int | None:
+    """Reads pieces by position, without holding up other threads.
+
+    Args:
+        files: file descriptors, int32 [piece].
+        offsets, sizes, into: where each begins, its bytes, and the address it goes to; int64 [piece].
+
+    Returns:
+        None, or the index of the piece that could not be read whole.
+    """
+    library, _ = _library()
+    error = c_int(0)
+    at = library.tv_read(
+        len(files), files.ctypes.data, offsets.ctypes.data, sizes.ctypes.data, into.ctypes.data, ctypes.byref(error)
+    )
+    return None if at < 0 else int(at)
+
+
+def load(stored: Stored, stack: Tensor, base: Tensor | None, squares: "np.ndarray[Any, Any] | None") -> bool:
+    """The stack in float32 and the base in float32.
+
+    Args:
+        stack: float32 [task, n], rows contiguous; written.
+        base: float32 [n]; written. None: not wanted.
+        squares: float64 [task, chunk], zeros; the sums of squares are added.
+
+    Returns:
+        Whether the base is finite. Eager twin: `ModelDeltas.tile`.
+    """
+    library, level = _library()
+    tile = _tile(stored)
+    return not library.tv_load(
+        level, ctypes.byref(tile), stack.data_ptr(), stack.stride(0), None if base is None else base.data_ptr(),
+        None if squares is None else squares.ctypes.data,
+    )  # fmt: skip
+
+
+@dataclass(slots=True)
+class Counted:
+    """What `count` found: [task, wanted, (below, at low, at high)], and the values strictly inside each bracket."""
+
+    counts: "np.ndarray[Any, Any]"
+    inside: "list[list[np.ndarray[Any, Any]]]"
+    base_finite: bool = True
+
+
+def count(
+    stored: Stored,
+    what: Literal["magnitude", "value"],
+    low: "np.ndarray[Any, Any]",
+    high: "np.ndarray[Any, Any]",
+    squares: "np.ndarray[Any, Any] | None" = None,
+) -> Counted:
+    """Counts the rows' values (or magnitudes) against brackets, float32 [task, wanted].
+
+    Eager twin: `taskvec.order`.
+    """
+    library, level = _library()
+    tile = _tile(stored)
+    tasks, wanted = low.shape
+    counts = np.zeros((tasks, wanted, 3), np.int64)
+    held = np.zeros((tasks, wanted), np.int64)
+    room = stored.count + 16  # a vector is stored whole behind what was kept so far
+    inside = np.empty((tasks, wanted, room), np.float32)
+    bad = library.tv_count(
+        level, ctypes.byref(tile), 0 if what == "magnitude" else 1, wanted, low.ctypes.data, high.ctypes.data,
+        counts.ctypes.data, inside.ctypes.data, room, held.ctypes.data, None if squares is None else squares.ctypes.data,
+    )  # fmt: skip
+    kept = [[inside[t, k, : held[t, k]].copy() for k in range(wanted)] for t in range(tasks)]
+    return Counted(counts, kept, not bad)
+
+
+def merge(
+    stored: Stored, how: Combination, out: Tensor, squares: "np.ndarray[Any, Any] | None" = None
+) -> tuple[bool, bool]:
+    """The merged values, rounded once to `out`'s dtype (float32, bfloat16 or float16).
+
+    Returns:
+        Whether the base is finite (looked at where squares are wanted), and whether every result is.
+    """
+    library, level = _library()
+    tile, plan = _tile(stored), _plan(how, stored, out)
+    bad = library.tv_merge(
+        level,
+        ctypes.byref(tile),
+        ctypes.byref(plan),
+        out.data_ptr(),
+        None if squares is None else squares.ctypes.data,
+    )
+    return not bad & 1, not bad & 2
+
+
+def _tile(stored: Stored) -> Any:
+    if stored._struct is None:
+        stored._struct = _struct_of(stored)
+    return stored._struct
+
+
+def _struct_of(stored: Stored) -> _Tile:
+    count = len(stored.rows)
+    rows = (c_void_p * count)(*[None if row is None else row.data_ptr() for row in stored.rows])
+    kinds = (c_int32 * count)(*[0 if row is None else _KINDS[row.dtype] for row in stored.rows])
+    relations = (c_int32 * count)(*stored.relations)
+    base = stored.base
+    return _Tile(
+        count, 0 if base is None else _KINDS[base.dtype], stored.count, rows, kinds, relations,
+        None if base is None else base.data_ptr(),
+    )  # fmt: skip
+
+
+def _plan(how: Combination, stored: Stored, out: Tensor) -> Any:
+    plan: Any = how._kept[0] if how._kept else None
+    if plan is not None and how._kept[1] == out.dtype:
+        plan.position = stored.start & 0xFFFFFFFF
+        return plan
+    steps = (_Step * max(1, len(how.steps)))()
+    for place, step in enumerate(how.steps):
+        steps[place] = _Step(
+            ("trim", "band", "drop").index(step.type), bool(step.factor), _floats(step.low), _floats(step.high),
+            _floats(step.factor), (c_uint32 * len(step.add))(*step.add), (c_uint32 * len(step.multiply))(*step.multiply),
+            (c_uint64 * len(step.limit))(*step.limit),
+        )  # fmt: skip
+    combine = ("weighted sum", "ties mean", "ties sum").index(how.combine)
+    plan = _Plan(
+        combine, len(how.steps), steps, _floats(how.weights), how.divisor is not None, how.scale is not None,
+        how.onto_base, _KINDS[out.dtype], how.divisor or 0.0, how.factor or 0.0, how.scale or 0.0,
+        how.factor is not None, stored.start & 0xFFFFFFFF,
+    )  # fmt: skip
+    how._kept[:] = [plan, out.dtype]
+    return plan
+
+
+def _floats(values: Sequence[float]) -> Any:
+    return (c_float * len(values))(*values)

@@ -1,0 +1,304 @@
+/* The kernels of native.c, included once for each instruction set: NAME(x) gives a function its suffix. */
+
+static inline void NAME(widen)(const void *from, int kind, int64_t at, int count, float *restrict to) {
+    if (kind == FLOAT32) {
+        memcpy(to, (const float *)from + at, (size_t)count * sizeof(float));
+    } else if (kind == BFLOAT16) {
+        const uint16_t *restrict raw = (const uint16_t *)from + at;
+        uint32_t *restrict bits = (uint32_t *)to;
+        for (int i = 0; i < count; i++) bits[i] = (uint32_t)raw[i] << 16;
+    } else {
+        const uint16_t *raw = (const uint16_t *)from + at;
+        int i = 0;
+        for (; i + 8 <= count; i += 8)
+            _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(raw + i))));
+        for (; i < count; i++) to[i] = _cvtsh_ss(raw[i]);
+    }
+}
+
+/* Whether every number is finite in its stored dtype. */
+static inline int NAME(all_finite)(const float *values, int count) {
+    const uint32_t *bits = (const uint32_t *)values;
+    uint32_t largest = 0;
+    for (int i = 0; i < count; i++) {
+        uint32_t size = bits[i] & 0x7fffffffu;
+        largest = size > largest ? size : largest;
+    }
+    return largest < 0x7f800000u;
+}
+
+/* Sum of squares: single precision over few elements a lane, double beyond and where single would not hold it. */
+static inline double NAME(squares)(const float *restrict values, int count) {
+    double total = 0;
+    int i = 0;
+#if AVX512
+    __m512 one = _mm512_setzero_ps(), two = one, three = one, four = one;
+    for (; i + 64 <= count; i += 64) {
+        __m512 a = _mm512_loadu_ps(values + i), b = _mm512_loadu_ps(values + i + 16);
+        __m512 c = _mm512_loadu_ps(values + i + 32), d = _mm512_loadu_ps(values + i + 48);
+        one = _mm512_fmadd_ps(a, a, one), two = _mm512_fmadd_ps(b, b, two);
+        three = _mm512_fmadd_ps(c, c, three), four = _mm512_fmadd_ps(d, d, four);
+    }
+    float lanes[16];
+    _mm512_storeu_ps(lanes, _mm512_add_ps(_mm512_add_ps(one, two), _mm512_add_ps(three, four)));
+    for (int j = 0; j < 16; j++) total += lanes[j];
+#else
+    __m256 one = _mm256_setzero_ps(), two = one, three = one, four = one;
+    for (; i + 32 <= count; i += 32) {
+        __m256 a = _mm256_loadu_ps(values + i), b = _mm256_loadu_ps(values + i + 8);
+        __m256 c = _mm256_loadu_ps(values + i + 16), d = _mm256_loadu_ps(values + i + 24);
+        one = _mm256_fmadd_ps(a, a, one), two = _mm256_fmadd_ps(b, b, two);
+        three = _mm256_fmadd_ps(c, c, three), four = _mm256_fmadd_ps(d, d, four);
+    }
+    float lanes[8];
+    _mm256_storeu_ps(lanes, _mm256_add_ps(_mm256_add_ps(one, two), _mm256_add_ps(three, four)));
+    for (int j = 0; j < 8; j++) total += lanes[j];
+#endif
+    for (; i < count; i++) total += (double)values[i] * values[i];
+    if (total > 1e-20 && total < 1e30) return total;
+    double wide[8] = {0};
+    for (i = 0; i + 8 <= count; i += 8)
+        for (int j = 0; j < 8; j++) wide[j] += (double)values[i + j] * values[i + j];
+    total = 0;
+    for (int j = 0; j < 8; j++) total += wide[j];
+    for (; i < count; i++) total += (double)values[i] * values[i];
+    return total;
+}
+
+/* One block of one row as a delta (or a weight). */
+static inline void NAME(row)(const tv_tile *tile, int task, int64_t at, int count, const float *restrict base,
+                             float *restrict to) {
+    if (tile->rows[task] == 0) {
+        memset(to, 0, (size_t)count * sizeof(float));
+        return;
+    }
+    NAME(widen)(tile->rows[task], tile->kinds[task], at, count, to);
+    if (tile->relations[task] == LESS_BASE)
+        for (int i = 0; i < count; i++) to[i] = to[i] - base[i];
+    else if (tile->relations[task] == PLUS_BASE)
+        for (int i = 0; i < count; i++) to[i] = to[i] + base[i];
+}
+
+static int NAME(load)(const tv_tile *tile, float *stack, int64_t stride, float *base, double *squares) {
+    int64_t chunks = (tile->count + CHUNK - 1) / CHUNK;
+    float own[BLOCK];
+    int bad = 0;
+    for (int64_t at = 0; at < tile->count; at += BLOCK) {
+        int count = (int)(tile->count - at < BLOCK ? tile->count - at : BLOCK);
+        float *wide = base ? base + at : own;
+        if (tile->base) {
+            NAME(widen)(tile->base, tile->base_kind, at, count, wide);
+            bad |= !NAME(all_finite)(wide, count);
+        }
+        for (int task = 0; task < tile->tasks; task++) {
+            float *to = stack + task * stride + at;
+            NAME(row)(tile, task, at, count, wide, to);
+            if (squares) squares[task * chunks + at / CHUNK] += NAME(squares)(to, count);
+        }
+    }
+    return bad;
+}
+
+static inline void NAME(count_one)(const float *restrict values, int count, float low, float high, int64_t *counts,
+                                   float *inside, int64_t *held) {
+    int64_t below = 0, at_low = 0, at_high = 0, kept = *held;
+    int i = 0;
+#if AVX512
+    const __m512 l = _mm512_set1_ps(low), h = _mm512_set1_ps(high);
+    for (; i + 16 <= count; i += 16) {
+        __m512 x = _mm512_loadu_ps(values + i);
+        __mmask16 over = _mm512_cmp_ps_mask(x, l, _CMP_GT_OQ);
+        below += __builtin_popcount(_mm512_cmp_ps_mask(x, l, _CMP_LT_OQ));
+        at_low += __builtin_popcount(_mm512_cmp_ps_mask(x, l, _CMP_EQ_OQ));
+        if (over) {
+            __mmask16 in = _mm512_mask_cmp_ps_mask(over, x, h, _CMP_LT_OQ);
+            at_high += __builtin_popcount(_mm512_cmp_ps_mask(x, h, _CMP_EQ_OQ));
+            if (in) {
+                _mm512_storeu_ps(inside + kept, _mm512_maskz_compress_ps(in, x));
+                kept += __builtin_popcount(in);
+            }
+        } else {
+            at_high += __builtin_popcount(_mm512_cmp_ps_mask(x, h, _CMP_EQ_OQ)); /* ends may be equal */
+        }
+    }
+#else
+    const __m256 l = _mm256_set1_ps(low), h = _mm256_set1_ps(high);
+    for (; i + 8 <= count; i += 8) {
+        __m256 x = _mm256_loadu_ps(values + i);
+        below += __builtin_popcount((unsigned)_mm256_movemask_ps(_mm256_cmp_ps(x, l, _CMP_LT_OQ)));
+        at_low += __builtin_popcount((unsigned)_mm256_movemask_ps(_mm256_cmp_ps(x, l, _CMP_EQ_OQ)));
+        at_high += __builtin_popcount((unsigned)_mm256_movemask_ps(_mm256_cmp_ps(x, h, _CMP_EQ_OQ)));
+        unsigned in = (unsigned)_mm256_movemask_ps(
+            _mm256_and_ps(_mm256_cmp_ps(x, l, _CMP_GT_OQ), _mm256_cmp_ps(x, h, _CMP_LT_OQ)));
+        for (; in; in &= in - 1) inside[kept++] = values[i + __builtin_ctz(in)];
+    }
+#endif
+    for (; i < count; i++) {
+        float x = values[i];
+        below += x < low;
+        at_low += x == low;
+        at_high += x == high;
+        if (x > low && x < high) inside[kept++] = x;
+    }
+    counts[0] += below;
+    counts[1] += at_low;
+    counts[2] += at_high;
+    *held = kept;
+}
+
+static int NAME(count)(const tv_tile *tile, int what, int wanted, const float *low, const float *high, int64_t *counts,
+                       float *inside, int64_t room, int64_t *held, double *squares) {
+    int64_t chunks = (tile->count + CHUNK - 1) / CHUNK;
+    float base[BLOCK], values[BLOCK];
+    int bad = 0;
+    for (int64_t at = 0; at < tile->count; at += BLOCK) {
+        int count = (int)(tile->count - at < BLOCK ? tile->count - at : BLOCK);
+        if (tile->base) {
+            NAME(widen)(tile->base, tile->base_kind, at, count, base);
+            if (squares) bad |= !NAME(all_finite)(base, count);
+        }
+        for (int task = 0; task < tile->tasks; task++) {
+            NAME(row)(tile, task, at, count, base, values);
+            if (squares) squares[task * chunks + at / CHUNK] += NAME(squares)(values, count);
+            if (what == MAGNITUDE) {
+                uint32_t *bits = (uint32_t *)values;
+                for (int i = 0; i < count; i++) bits[i] &= 0x7fffffffu;
+            }
+            for (int k = 0; k < wanted; k++) {
+                int64_t place = (int64_t)task * wanted + k;
+                NAME(count_one)(values, count, low[place], high[place], counts + 3 * place, inside + place * room,
+                                held + place);
+            }
+        }
+    }
+    return bad;
+}
+
+/* The draws of taskvec.draws: a keyed affine map of the element's index, mixed. Low 32 bits of the index. */
+static inline void NAME(drop)(float *restrict values, int count, uint32_t position, uint32_t add, uint32_t multiply,
+                              uint64_t limit) {
+    if (limit > 0xffffffffu) return;
+    const uint32_t below = (uint32_t)limit;
+    uint32_t kept[BLOCK];
+    for (int i = 0; i < count; i++) {
+        uint32_t x = ((uint32_t)i + (position + add)) * multiply;
+        x ^= x >> 16;
+        x *= 0x7feb352du;
+        x ^= x >> 15;
+        x *= 0x846ca68bu;
+        x ^= x >> 16;
+        kept[i] = x < below ? 0x3f800000u : 0;
+    }
+    const float *restrict ones = (const float *)kept;
+    for (int i = 0; i < count; i++) values[i] *= ones[i];
+}
+
+static inline void NAME(prepare)(const tv_merge_plan *plan, int task, uint32_t position, float *restrict values, int count) {
+    for (int s = 0; s < plan->steps; s++) {
+        const tv_step *step = plan->step + s;
+        if (step->type == TRIM) {
+            const float low = step->low[task];
+            for (int i = 0; i < count; i++) values[i] = __builtin_fabsf(values[i]) >= low ? values[i] : 0.0f;
+        } else if (step->type == BAND) {
+            const float low = step->low[task], high = step->high[task];
+            for (int i = 0; i < count; i++) {
+                float size = __builtin_fabsf(values[i]);
+                values[i] *= (size >= low) & (size <= high) ? 1.0f : 0.0f;
+            }
+        } else {
+            NAME(drop)(values, count, position, step->add[task], step->multiply[task], step->limit[task]);
+        }
+        if (step->scaled && step->factor[task] != 1.0f) {
+            const float factor = step->factor[task];
+            for (int i = 0; i < count; i++) values[i] *= factor;
+        }
+    }
+}
+
+/* Rounds to nearest even; returns whether all is finite in the output's dtype. */
+static inline int NAME(narrow)(const float *restrict from, int count, int kind, void *to, int64_t at) {
+    if (kind == FLOAT32) {
+        memcpy((float *)to + at, from, (size_t)count * sizeof(float));
+        return NAME(all_finite)(from, count);
+    }
+    if (kind == BFLOAT16) {
+        const uint32_t *restrict bits = (const uint32_t *)from;
+        uint16_t *restrict out = (uint16_t *)to + at;
+        uint32_t largest = 0;
+        for (int i = 0; i < count; i++) {
+            uint32_t x = bits[i];
+            uint32_t up = x + 0x7fffu + ((x >> 16) & 1u);
+            uint32_t size = x & 0x7fffffffu;
+            largest = size > largest ? size : largest;
+            out[i] = (uint16_t)(up >> 16);
+        }
+        return largest < 0x7f7f8000u; /* from here on values round to infinity */
+    }
+    uint16_t *out = (uint16_t *)to + at;
+    uint32_t largest = 0;
+    int i = 0;
+    for (; i + 8 <= count; i += 8)
+        _mm_storeu_si128((__m128i *)(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+    for (; i < count; i++) out[i] = _cvtss_sh(from[i], _MM_FROUND_TO_NEAREST_INT);
+    for (i = 0; i < count; i++) {
+        uint32_t size = out[i] & 0x7fffu;
+        largest = size > largest ? size : largest;
+    }
+    return largest < 0x7c00u;
+}
+
+static int NAME(merge)(const tv_tile *tile, const tv_merge_plan *plan, void *out, double *squares) {
+    int64_t chunks = (tile->count + CHUNK - 1) / CHUNK;
+    float base[BLOCK], total[BLOCK], sign[BLOCK], below[BLOCK];
+    float rows[MOST_TASKS][BLOCK]; /* only those of this merge's tasks are touched */
+    const int ties = plan->combine != WEIGHTED_SUM, mean = plan->combine == TIES_MEAN;
+    int bad = 0;
+    for (int64_t at = 0; at < tile->count; at += BLOCK) {
+        int count = (int)(tile->count - at < BLOCK ? tile->count - at : BLOCK);
+        if (tile->base) {
+            NAME(widen)(tile->base, tile->base_kind, at, count, base);
+            if (squares) bad |= !NAME(all_finite)(base, count);
+        }
+        for (int task = 0; task < tile->tasks; task++) {
+            float *restrict values = rows[ties ? task : 0];
+            const float weight = plan->weights[task];
+            NAME(row)(tile, task, at, count, base, values);
+            if (squares) squares[task * chunks + at / CHUNK] += NAME(squares)(values, count);
+            NAME(prepare)(plan, task, plan->position + (uint32_t)at, values, count);
+            if (task == 0)
+                for (int i = 0; i < count; i++) total[i] = values[i] * weight;
+            else
+                for (int i = 0; i < count; i++) total[i] = __builtin_fmaf(values[i], weight, total[i]);
+        }
+        if (ties) {
+            for (int i = 0; i < count; i++) {
+                sign[i] = total[i] >= 0 ? 1.0f : -1.0f;
+                total[i] = 0;
+                below[i] = 0;
+            }
+            for (int task = 0; task < tile->tasks; task++) {
+                const float *restrict values = rows[task];
+                const float weight = plan->weights[task];
+                for (int i = 0; i < count; i++) {
+                    float agreeing = values[i] * sign[i];
+                    agreeing = agreeing > 0 ? agreeing : 0.0f;
+                    total[i] = __builtin_fmaf(agreeing, weight, total[i]);
+                    below[i] += agreeing > 0 ? weight : 0.0f;
+                }
+            }
+            for (int i = 0; i < count; i++) total[i] *= sign[i];
+            if (mean)
+                for (int i = 0; i < count; i++) total[i] /= below[i] == 0 ? 1.0f : below[i];
+        }
+        if (plan->divided)
+            for (int i = 0; i < count; i++) total[i] /= plan->divisor;
+        if (plan->multiplied)
+            for (int i = 0; i < count; i++) total[i] *= plan->factor;
+        if (plan->scaled)
+            for (int i = 0; i < count; i++) total[i] *= plan->scale;
+        if (plan->onto_base)
+            for (int i = 0; i < count; i++) total[i] = base[i] + total[i];
+        bad |= NAME(narrow)(total, count, plan->out_kind, out, at) ? 0 : 2;
+    }
+    return bad;
+}

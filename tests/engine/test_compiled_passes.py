@@ -1,0 +1,118 @@
+"""The compiled passes give the bits of their eager twins: for every method they know, dtype, length and instruction set."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from merging import Recipe, merge, merge_stacks
+from taskvec import Checkpoint, native, write
+
+pytestmark = pytest.mark.skipif(not native.usable(), reason="no compiled passes here (no compiler, or no AVX2)")
+
+SHAPES = {"layers.0.w": (37, 29), "layers.0.b": (7,), "layers.1.w": (300, 257), "one": (1,), "none": (0, 3)}
+RECIPES = {
+    "average": {"method": "average"},
+    "linear, not normalised": {"method": "linear", "parameters": {"normalize": False}, "weights": [0.3, -0.2, 1.1]},
+    "task arithmetic": {"method": "task_arithmetic", "scale": 0.7, "weights": [0.3, -0.2, 1.1]},
+    "task arithmetic, normalised": {"method": "task_arithmetic", "parameters": {"normalize": True}},
+    "ties": {"method": "ties", "parameters": {"density": 0.3}, "scale": 1.3},
+    "ties by tensor, summed": {
+        "method": "ties", "parameters": {"density": [0.2, 0.5, 1.0], "normalize": False}, "statistics": "tensor",
+        "weights": [0.5, 1.0, 2.0],
+    },
+    "magnitude": {"method": "magnitude", "parameters": {"density": 0.3}},
+    "dare": {"method": "dare", "parameters": {"density": [0.5, 0.9, 1.0]}, "scale": 0.5},
+    "dare, then ties": {"method": "ties", "parameters": {"density": 1.0}, "preprocess": [{"method": "dare", "density": 0.4}]},
+    "dare, then trimmed": {"method": "ties", "parameters": {"density": 0.5}, "preprocess": ["dare"]},
+    "breadcrumbs": {"method": "breadcrumbs", "parameters": {"density": 0.8, "gamma": 0.05}},
+    "breadcrumbs, rescaled": {"method": "breadcrumbs", "parameters": {"density": 0.8, "gamma": 0.05, "rescale": True}},
+}  # fmt: skip
+LEVELS = [level for level in (2, 5) if native.usable() and level <= native._library()[1]]
+
+
+@pytest.fixture(scope="module", params=["bfloat16", "float16", "float32", "mixed"])
+def zoo(request, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("zoo")
+    kinds = {"mixed": [torch.float32, torch.bfloat16, torch.float16, torch.float64]}
+    kinds = kinds.get(request.param) or [getattr(torch, request.param)] * 4
+    drawn = torch.Generator().manual_seed(3)
+    base = {name: torch.randn(shape, generator=drawn) for name, shape in SHAPES.items()}
+    for place, kind in enumerate(kinds):
+        moved = {n: v + 0.02 * torch.randn(v.shape, generator=drawn) * (place > 0) for n, v in base.items()}
+        write(Checkpoint.open({n: v.to(kind) for n, v in moved.items()}), folder / f"m{place}.safetensors")
+    return folder
+
+
+def merged(zoo: Path, given: dict, out: Path) -> dict[str, torch.Tensor]:
+    given = dict(given)
+    weights = given.pop("weights", [1.0, 1.0, 1.0])
+    tasks = [{"path": str(zoo / f"m{i}.safetensors"), "weight": w} for i, w in zip((1, 2, 3), weights)]
+    recipe = {"base": str(zoo / "m0.safetensors"), "tasks": tasks, "output": {"dtype": "float32"}, **given}
+    merge(Recipe.from_data(recipe), out, overwrite=True)
+    made = Checkpoint.open(out)
+    return {name: made.read(name) for name in made.infos}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_a_merge_on_disk_has_the_bits_of_the_eager_form(name, level, zoo, tmp_path, monkeypatch):
+    library = native._library()[0]
+    monkeypatch.setattr(native, "_library", lambda: (library, level))
+    ours = merged(zoo, RECIPES[name], tmp_path / "compiled")
+    monkeypatch.setattr(native, "usable", lambda: False)
+    eager = merged(zoo, RECIPES[name], tmp_path / "eager")
+    assert ours.keys() == eager.keys() == SHAPES.keys()
+    for tensor in ours:
+        assert torch.equal(ours[tensor].view(torch.int32), eager[tensor].view(torch.int32)), tensor
+    shutil.rmtree(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [("ties", {"density": 0.2}), ("magnitude", {"density": 0.4}), ("task_arithmetic", {}), ("dare", {"density": 0.5})],
+)
+def test_a_merge_in_memory_has_the_bits_of_the_eager_form(method, given, dtype, monkeypatch):
+    drawn = torch.Generator().manual_seed(5)
+    stacks = {n: torch.randn(3, *shape, generator=drawn).to(dtype) for n, shape in SHAPES.items()}
+    ours = merge_stacks(method, stacks, **given)
+    monkeypatch.setattr(native, "usable", lambda: False)
+    eager = merge_stacks(method, stacks, **given)
+    for tensor in SHAPES:
+        assert torch.equal(ours[tensor].view(torch.int32), eager[tensor].view(torch.int32)), tensor
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_every_value_near_a_rounding_border_is_rounded_as_torch_does(dtype, tmp_path):
+    kind = getattr(torch, dtype)
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(kind)
+    every = every[every.isfinite()].float()
+    between = torch.cat([every, every * (1 + 2.0**-9), every * (1 + 2.0**-12), every * (1 - 2.0**-10)])
+    between = between[between.abs() < torch.finfo(kind).max]
+    out = torch.empty(len(between), dtype=kind)
+    stored = native.Stored("w", 0, len(between), [between], [native.AS_IS], None)
+    assert native.merge(stored, native.Combination("weighted sum", [1.0]), out) == (True, True)
+    assert torch.equal(out.view(torch.int16), between.to(kind).view(torch.int16))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_norms_are_those_of_double_precision(dtype, tmp_path):
+    drawn = torch.Generator().manual_seed(7)
+    kind = getattr(torch, dtype)
+    for size in (1.0, 1e-4, 3e4):
+        rows = torch.randn(2, 100_003, generator=drawn).mul(size if kind != torch.float16 else 1.0).to(kind)
+        stored = native.Stored("w", 0, rows.shape[1], list(rows), [native.AS_IS] * 2, None)
+        squares = stored.squares()
+        native.load(stored, torch.empty(rows.shape), None, squares)
+        assert squares.sum(1) == pytest.approx(rows.double().square().sum(1).tolist(), rel=1e-6)
+
+
+def test_tiny_and_huge_vectors_have_norms():
+    for size in (1e-30, 1e25):
+        row = torch.full((4000,), size)
+        stored = native.Stored("w", 0, 4000, [row], [native.AS_IS], None)
+        squares = stored.squares()
+        native.load(stored, torch.empty(1, 4000), None, squares)
+        assert squares.sum() == pytest.approx(4000 * float(row[0].double()) ** 2, rel=1e-6)
