@@ -8,7 +8,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from taskvec.blocks import depth_of, layer_of, tower_of
 from taskvec.errors import NotFoundError, RecipeError, did_you_mean
@@ -30,10 +30,11 @@ class Gradient(_Strict):
 
     gradient: Annotated[list[Finite], Field(min_length=1)]
 
-    def at(self, name: str, depth: Mapping[str, int]) -> float:
+    def at(self, name: str, depth: "Depth") -> float:
         layer = layer_of(name)
         layers = depth.get(tower_of(name), 1)
-        position = 0.0 if layer is None or layers < 2 else layer / (layers - 1)
+        first, count = (layers.start, len(layers)) if isinstance(layers, range) else (0, layers)
+        position = 0.0 if layer is None or count < 2 else (layer - first) / (count - 1)
         place = position * (len(self.gradient) - 1)
         first = min(int(place), len(self.gradient) - 1)
         last = min(first + 1, len(self.gradient) - 1)
@@ -41,18 +42,24 @@ class Gradient(_Strict):
         return self.gradient[first] * (1 - share) + self.gradient[last] * share
 
 
+Depth = Mapping[str, int | range]
+"""Tower to its number of layers, or to those of its layers over which gradients run."""
+
 Leaf = Finite | Gradient
-ByName = Leaf | dict[str, Leaf]
-"""A number, a gradient over depth, or a mapping from patterns to those (first match wins; `default` for the rest)."""
+ByName = Leaf | dict[str, Leaf | None]
+"""A number, a gradient over depth, or a mapping from patterns to those.
+
+The first match wins; `default` holds for the rest. A `default` of null says that every tensor must match a pattern.
+"""
 
 
-def value_at(value: Any, name: str, depth: Mapping[str, int], otherwise: Any = 1.0) -> Any:
+def value_at(value: Any, name: str, depth: Depth, otherwise: Any = 1.0) -> Any:
     """The value that holds for one tensor.
 
     Args:
         value: a number (or any parameter value), a `Gradient`, or a mapping from patterns to them.
         name: the tensor.
-        depth: layers of each tower, from `taskvec.blocks.depth_of`.
+        depth: layers of each tower, from `taskvec.blocks.depth_of`, or the range of them that counts.
         otherwise: what holds where no pattern matches and there is no `default`.
     """
     if isinstance(value, Gradient):
@@ -88,6 +95,9 @@ class TaskSpec(_Strict):
         rename: prefixes of its tensor names that are replaced (`{"model.": ""}`).
         skip: for an adapter, patterns of its modules that are left out (a head that the base lacks: `classifier*`).
         tied: for an adapter that changes one use of a tied tensor: "refuse", or "both" to change both uses.
+        over: for an adapter or task vector that belongs to another model than the base: that model. The two together
+            then count as one whole model.
+        layers: in a slice: which of its layers, as the first and one past the last.
     """
 
     path: str
@@ -97,10 +107,16 @@ class TaskSpec(_Strict):
     rename: dict[str, str] = Field(default_factory=dict)
     skip: Annotated[list[str], BeforeValidator(_as_list)] = Field(default_factory=list)
     tied: Literal["refuse", "both"] = "refuse"
+    over: str | None = None
+    layers: "Layers | None" = None
 
     @property
     def label(self) -> str:
         return self.name or Path(self.path).name or self.path
+
+
+Layers = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
+"""Layers of a model: the first, and one past the last."""
 
 
 class OutputSpec(_Strict):
@@ -121,6 +137,129 @@ def _as_task(value: Any) -> Any:
 
 Patterns = Annotated[list[str], BeforeValidator(_as_list)]
 Step = str | dict[str, Any]
+
+
+def distinct(tasks: Sequence[TaskSpec]) -> list[TaskSpec]:
+    """The tasks with names of their own: two folders called `model` are told apart by what comes before."""
+    labels = [task.label for task in tasks]
+    if len(set(labels)) == len(labels):
+        return list(tasks)
+    named = []
+    for task, label in zip(tasks, labels):
+        if labels.count(label) > 1 and task.name is None:
+            label = task.path
+        named.append(task.model_copy(update={"name": label}))
+    full = [task.name for task in named]
+    if len(set(full)) < len(full):
+        numbered = [f"{name} ({i + 1})" if full.count(name) > 1 else name for i, name in enumerate(full)]
+        named = [task.model_copy(update={"name": name}) for task, name in zip(named, numbered)]
+    return named
+
+
+Tasks = Annotated[list[Annotated[TaskSpec, BeforeValidator(_as_task)]], Field(min_length=1), AfterValidator(distinct)]
+
+
+class _Part(_Strict):
+    """What a part of a model may set for itself; None takes what the recipe says."""
+
+    base: str | None = None
+    method: str | None = None
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    scale: ByName | None = None
+    space: Literal["delta", "weight"] | None = None
+    preprocess: list[Step] | None = None
+    postprocess: list[Step] | None = None
+
+    def settings(self, whole: "Recipe | _Part") -> dict[str, Any]:
+        """The fields of this part's merge, those of the whole where it says nothing."""
+        found: dict[str, Any] = {}
+        for key in ("base", "method", "scale", "space", "preprocess", "postprocess"):
+            own = getattr(self, key)
+            found[key] = own if own is not None else getattr(whole, key)
+        same = self.method is None or self.method == whole.method
+        found["parameters"] = {**(whole.parameters if same else {}), **self.parameters}
+        return found
+
+
+class SliceSpec(_Part):
+    """Some consecutive layers of the result, and where they come from.
+
+    Attributes:
+        tasks: the models, each with its `layers`; all of them equally many.
+        base_layers: the layers of the base that belong to them; default: those of the first task.
+        tensors: patterns of tensors outside the layers that come from here. Default: the embeddings come from the first
+            slice's models, everything else (last norm, head) from the last slice's.
+        base, method, parameters, scale, space, preprocess, postprocess: as in the recipe, for these layers only.
+    """
+
+    tasks: Tasks
+    base_layers: Layers | None = None
+    tensors: Patterns = Field(default_factory=list)
+
+
+class ModuleSpec(_Part):
+    """A part of a model with several towers, merged in its own way.
+
+    Attributes:
+        tensors: patterns of its tensors; default: those below its name (`vision_model.*`), and for the name `default`
+            all that no other module claims.
+        tasks, slices: what it is made of, one of the two.
+        base, method, parameters, scale, space, preprocess, postprocess: as in the recipe, for this module only.
+    """
+
+    tensors: Patterns = Field(default_factory=list)
+    tasks: Tasks = Field(default_factory=list)
+    slices: list[SliceSpec] = Field(default_factory=list)
+
+
+class TokenOf(_Strict):
+    """The embedding of one token of one model.
+
+    Attributes:
+        model: the model, as the recipe names it.
+        token: the token, or `token_id` its number there.
+    """
+
+    model: str
+    token: str | None = None
+    token_id: Annotated[int, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> "TokenOf":
+        if (self.token is None) == (self.token_id is None):
+            raise ValueError("name either `token` or `token_id`")
+        return self
+
+
+class TokenSpec(_Strict):
+    """Where the embedding of one token comes from.
+
+    Attributes:
+        source: a model of the recipe (its embedding of this token), a `TokenOf`, or "zero".
+        force: whether this holds for models that have the token as well, instead of only for those that lack it.
+    """
+
+    source: Literal["zero"] | str | TokenOf
+    force: bool = False
+
+
+class TokenizerSpec(_Strict):
+    """The vocabulary of the result. Embeddings are then merged by token, not by row.
+
+    Attributes:
+        source: "base", "union" (the base's tokens, then those of the other models), or a model of the recipe or path.
+        tokens: rules for single tokens; a token that the vocabulary lacks is added.
+        multiple_of: rows of the embeddings are padded with zeros to a multiple of this number. Default: where the
+            vocabulary is the base's own, its table keeps the rows it has; else there is one row for each token.
+    """
+
+    source: str = "union"
+    tokens: dict[str, TokenSpec] = Field(default_factory=dict)
+    multiple_of: Annotated[int, Field(ge=1)] | None = None
+
+
+def _as_tokenizer(value: Any) -> Any:
+    return {"source": value} if isinstance(value, str) else value
 
 
 class Recipe(_Strict):
@@ -147,12 +286,20 @@ class Recipe(_Strict):
         device: where kernels run.
         memory: budget for tiles and kept deltas ("2GiB"); default: a quarter of what is free.
         workers: threads; default: one for each core. No result depends on it.
-        allow: what is refused otherwise: "zero_task" (a task equal to the base), "duplicate_task".
+        allow: what is refused otherwise: "zero_task" (a task equal to the base), "duplicate_task", "layer_pattern" (layers
+            stacked so that a rule of the configuration by layer number fits them no more).
+        slices: instead of `tasks`: the layers of the result from top to bottom, each slice with its own models.
+        modules: instead of `tasks`: name of a tower (`vision_model`) to how it is merged; what no module claims stays the
+            base's (without a base, the first model's).
+        tower: where the numbered layers are (`model.layers`), if there are several towers.
+        tokenizer: the vocabulary of the result; default: the base's files are copied and embeddings merged by row.
+        chat_template: "auto" (the models' most common one), a name that is known here, or a Jinja template.
+        stages: merges that are made first; their names can stand where a path to a model stands.
     """
 
     base: str | None = None
     base_revision: str | None = None
-    tasks: Annotated[list[Annotated[TaskSpec, BeforeValidator(_as_task)]], Field(min_length=1)]
+    tasks: Tasks = Field(default_factory=list)
     method: str
     parameters: dict[str, Any] = Field(default_factory=dict)
     scale: ByName = 1.0
@@ -172,7 +319,29 @@ class Recipe(_Strict):
     device: str = "cpu"
     memory: str | int | None = None
     workers: Annotated[int, Field(ge=1)] | None = None
-    allow: list[Literal["zero_task", "duplicate_task"]] = Field(default_factory=list)
+    allow: list[Literal["zero_task", "duplicate_task", "layer_pattern"]] = Field(default_factory=list)
+    slices: list[SliceSpec] = Field(default_factory=list)
+    modules: dict[str, ModuleSpec] = Field(default_factory=dict)
+    tower: str | None = None
+    tokenizer: Annotated[TokenizerSpec | None, BeforeValidator(_as_tokenizer)] = None
+    chat_template: str | None = None
+    stages: dict[str, "Recipe"] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_form(self) -> "Recipe":
+        given = [key for key in ("tasks", "slices", "modules") if getattr(self, key)]
+        if len(given) != 1:
+            found = f"found {' and '.join(given)}" if given else "none of them is there"
+            raise ValueError(f"a recipe has either `tasks`, `slices` or `modules`; {found}")
+        for key, module in self.modules.items():
+            if bool(module.tasks) == bool(module.slices):
+                raise ValueError(f"modules.{key}: has either `tasks` or `slices`")
+        return self
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether whole models are merged in one way, rather than slices or modules."""
+        return not (self.slices or self.modules)
 
     @model_validator(mode="before")
     @classmethod
@@ -184,24 +353,6 @@ class Recipe(_Strict):
             ]
             return {**data, "tasks": tasks}
         return data
-
-    @field_validator("tasks")
-    @classmethod
-    def _distinct_names(cls, tasks: list[TaskSpec]) -> list[TaskSpec]:
-        """Two folders called `model` are told apart by what comes before."""
-        labels = [task.label for task in tasks]
-        if len(set(labels)) == len(labels):
-            return tasks
-        named = []
-        for task, label in zip(tasks, labels):
-            if labels.count(label) > 1 and task.name is None:
-                label = task.path
-            named.append(task.model_copy(update={"name": label}))
-        full = [task.name for task in named]
-        if len(set(full)) < len(full):
-            numbered = [f"{name} ({i + 1})" if full.count(name) > 1 else name for i, name in enumerate(full)]
-            named = [task.model_copy(update={"name": name}) for task, name in zip(named, numbered)]
-        return named
 
     # -- reading and writing -----------------------------------------------------------------------------------------
 
@@ -308,6 +459,8 @@ def located(error: ValidationError, data: Any, model: type[BaseModel]) -> list[s
             problems.append(f"{at}{name}: there is no such key." + did_you_mean(str(path[-1]), known))
         elif item["type"] == "missing":
             problems.append(f"{at}{name}: is missing")
+        elif item["type"] == "value_error":
+            problems.append(f"{at}{name}: {item['msg'].removeprefix('Value error, ')}")
         else:
             problems.append(f"{at}{name}: {item['msg'][:1].lower()}{item['msg'][1:]}, found {item['input']!r}")
     return problems
@@ -322,11 +475,18 @@ def _fields(model: Any, path: Sequence[Any]) -> list[str]:
         if isinstance(place, int):
             continue
         info = getattr(model, "model_fields", {}).get(place)
-        model = info.annotation if info is not None else None
-        while model is not None and not (isinstance(model, type) and issubclass(model, BaseModel)):
-            inner = [arg for arg in get_args(model) if arg is not type(None)]
-            model = inner[0] if inner else None
+        if info is None:
+            continue  # a name in a mapping
+        model = info.annotation
+        model = _model_in(model)
     return list(getattr(model, "model_fields", {}))
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model that an annotation is made of."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for arg in get_args(annotation) if (found := _model_in(arg)) is not None), None)
 
 
 def _line(data: Any, path: Sequence[Any]) -> int | None:

@@ -205,6 +205,12 @@ class StackDeltas:
             rows: list[Tensor | None] = [row[begin:end] for row in flat]
             yield Stored(name, begin, end, rows, [AS_IS] * len(rows), None if base is None else base[begin:end])
 
+    def gathered(self, name: str, blocks: Sequence[tuple[int, int]]) -> Stored:
+        """Several blocks of elements side by side, as if they were one piece."""
+        flat = self._flat[name]
+        rows: list[Tensor | None] = [torch.cat([row[start:stop] for start, stop in blocks]) for row in flat]
+        return Stored(name, 0, sum(stop - start for start, stop in blocks), rows, [AS_IS] * len(rows), None)
+
     def tile(self, name: str, start: int, stop: int, watch: Watch | None = None) -> Tile:
         info = self.infos[name]
         stack = self._flat[name][:, start:stop].to(info.dtype)
@@ -342,6 +348,13 @@ class ModelDeltas:
                 stored = Stored(name, begin, end, rows, self._relations, base)
             yield stored
 
+    def gathered(self, name: str, blocks: Sequence[tuple[int, int]]) -> Stored:
+        """Several blocks of elements side by side, as if they were one piece."""
+        sources = [task.source if name in task.source.infos else None for task in self._tasks] + [self.base]
+        found = [None if source is None else _gathered(source, name, blocks) for source in sources]
+        size = sum(stop - start for start, stop in blocks)
+        return Stored(name, 0, size, found[:-1], self._relations, found[-1])
+
     def tile(self, name: str, start: int, stop: int, watch: Watch | None = None, room: "Room | None" = None) -> Tile:
         """One tile; it lies in `room` where that is given and large enough, instead of in new memory."""
         info = self.infos[name]
@@ -456,6 +469,20 @@ def _read(source: TensorSource, name: str, start: int, stop: int, room: Room | N
     into = _place(room, index, stop - start, source.infos[name].dtype)
     source.read_into(name, start, stop, into)
     return into
+
+
+def _gathered(source: TensorSource, name: str, blocks: Sequence[tuple[int, int]]) -> Tensor:
+    """Blocks of a tensor side by side; from a file with one call for all of them."""
+    extents = [source.extent(name, *block) for block in blocks] if isinstance(source, Checkpoint) else []
+    known = [extent for extent in extents if extent is not None]
+    if known and native.usable():
+        table = np.array(known, np.int64)
+        into = torch.empty(int(table[:, 2].sum()), dtype=torch.uint8)
+        ends = into.data_ptr() + np.cumsum(table[:, 2])
+        files, starts = table[:, 0].astype(np.int32), ends - table[:, 2]
+        if native.read(files, table[:, 1].copy(), table[:, 2].copy(), starts) is None:
+            return into.view(source.infos[name].dtype)
+    return torch.cat([source.read_flat(name, *block) for block in blocks])
 
 
 class OneTensor:

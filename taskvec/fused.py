@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from subprocess import CalledProcessError
 from typing import Any
 
@@ -54,15 +55,32 @@ class Entry:
 
     Attributes:
         name: its name.
-        rows: for each task the stored values, flat; weights where there is a base, else deltas.
+        rows: for each task the stored values, flat (or all as one [task, n], rows contiguous); weights where there is a
+            base, else deltas.
         base: the base's stored values, flat, where rows are to be taken as differences to it.
         weights: the task weights.
     """
 
     name: str
-    rows: Sequence[Tensor]
+    rows: "Sequence[Tensor] | Tensor"
     base: Tensor | None
     weights: Sequence[float]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.rows.dtype if isinstance(self.rows, Tensor) else self.rows[0].dtype
+
+    @property
+    def numel(self) -> int:
+        return self.rows.shape[1] if isinstance(self.rows, Tensor) else self.rows[0].numel()
+
+    @property
+    def places(self) -> list[int]:
+        """Where each task's values begin."""
+        if isinstance(self.rows, Tensor):
+            first, step = self.rows.data_ptr(), self.rows.stride(0) * self.rows.element_size()
+            return [first + step * task for task in range(len(self.rows))]
+        return [row.data_ptr() for row in self.rows]
 
 
 @dataclass(slots=True)
@@ -103,49 +121,57 @@ class Resident:
 
     def __init__(self, entries: Sequence[Entry]):
         self.tasks = len(entries[0].rows)
-        self.device = entries[0].rows[0].device
-        self.numel = sum(entry.rows[0].numel() for entry in entries)
+        rows = entries[0].rows
+        self.device = rows.device if isinstance(rows, Tensor) else rows[0].device
+        self.numel = sum(entry.numel for entry in entries)
         self.squares: list[float] | None = None
         self._groups = self._grouped(entries)
 
     def _grouped(self, entries: Sequence[Entry]) -> list[_Group]:
-        kinds: dict[tuple[Any, ...], list[Entry]] = {}
+        kinds: dict[tuple[Any, ...], list[tuple[Entry, list[int], int]]] = {}
         for entry in entries:
-            count = entry.rows[0].numel()
-            every = [*entry.rows, *([entry.base] if entry.base is not None else [])]
-            even = count % 8 == 0 and all(row.data_ptr() % 16 == 0 for row in every)
+            places = entry.places
+            base = 0 if entry.base is None else entry.base.data_ptr()
+            even = entry.numel % 8 == 0 and base % 16 == 0 and not any(place % 16 for place in places)
             based = None if entry.base is None else entry.base.dtype
-            kinds.setdefault((entry.rows[0].dtype, based, 8 if even else 1), []).append(entry)
+            kinds.setdefault((entry.dtype, based, 8 if even else 1), []).append((entry, places, base))
         groups = []
         for (stored, based, even), members in kinds.items():
-            sizes = np.array([entry.rows[0].numel() for entry in members], np.int64)
-            addresses = np.array([[row.data_ptr() for row in entry.rows] for entry in members], np.int64)
-            bases = np.array([0 if e.base is None else e.base.data_ptr() for e in members], np.int64)
+            sizes = [entry.numel for entry, _, _ in members]
             parts = {
-                "rows": addresses.ravel(),
-                "bases": bases,
+                "rows": [place for _, places, _ in members for place in places],
+                "bases": [base for _, _, base in members],
                 "sizes": sizes,
-                "prefix": np.append(0, np.cumsum(sizes)),
+                "prefix": [0, *accumulate(sizes)],
             }
-            # even lengths keep every table at 16 bytes: kernels are compiled anew for each pattern of alignments
-            parts = {name: np.pad(part, (0, len(part) % 2)) for name, part in parts.items()}
-            weights = np.array([list(entry.weights) for entry in members], np.float32)
-            whole = np.concatenate([part.view(np.uint8) for part in (*parts.values(), weights.ravel())])
-            split = (
-                torch.from_numpy(whole)
-                .to(self.device)
-                .split([*(part.nbytes for part in parts.values()), weights.nbytes])
-            )
-            tables = {name: part.view(torch.int64) for name, part in zip(parts, split)}
-            tables["weights"] = split[-1].view(torch.float32)
-            groups.append(_Group(members, stored, based, even, int(sizes.sum()), tables))
+            tables = dict(zip(parts, self._there([np.array(part, np.int64) for part in parts.values()])))
+            weights = np.array([list(entry.weights) for entry, _, _ in members], np.float32)
+            tables["weights"] = self._there([weights.ravel()])[0]
+            groups.append(_Group([entry for entry, _, _ in members], stored, based, even, sum(sizes), tables))
         return groups
+
+    def _there(self, parts: "Sequence[np.ndarray[Any, Any]]") -> list[Tensor]:
+        """Small tables on the device, each at 16 bytes; a search that asks for the same again copies nothing."""
+        contents, places = [], []
+        for part in parts:
+            # even lengths keep every table at 16 bytes: kernels are compiled anew for each pattern of alignments
+            content = part.tobytes()
+            places.append((len(content), part.dtype.char))
+            contents.append(content.ljust(-(-len(content) // 16) * 16, b"\0"))
+        # a table is used on the stream that its memory belongs to, so that it may be let go at any time
+        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+        whole = _table(b"".join(contents), self.device, stream)
+        found, start = [], 0
+        for content, (size, kind) in zip(contents, places):
+            found.append(whole[start : start + size].view(_KINDS[kind]))
+            start += len(content)
+        return found
 
     def _tilings(self, block: int) -> tuple[list[tuple[_Group, _Tiling]], int]:
         """Each group with its programs for this block size, and the number of all programs."""
         first, found = 0, []
         for group in self._groups:
-            sizes = tuple(entry.rows[0].numel() for entry in group.entries)
+            sizes = tuple(entry.numel for entry in group.entries)
             tiling = _Tiling(*_programs(sizes, block, self.device), first)
             found.append((group, tiling))
             first += tiling.tiles
@@ -177,7 +203,9 @@ class Resident:
         brackets, bracket_of, kinds, share = _bracket_plan(ranks, self.numel, size, margin)
         count = len(kinds)
         code = sum(kind_ << (2 * i) for i, kind_ in enumerate(kinds))
-        places = torch.from_numpy(brackets).to(self.device)
+        asked, which, places = self._there(
+            [np.array(ranks, np.int64).ravel(), np.array(bracket_of, np.int32), brackets.ravel()]
+        )
         ends = sample.sort(1).values.gather(1, places.view(tasks, -1)).contiguous()
         fields, last = 0, 0
         for i, shape in enumerate(kinds):
@@ -203,8 +231,6 @@ class Resident:
                 enable_fp_fusion=False,
             )  # fmt: skip
         total = tasks * wanted
-        asked = torch.tensor([list(row) for row in ranks], dtype=torch.int64).to(self.device)
-        which = torch.tensor(bracket_of, dtype=torch.int32).to(self.device)
         size_of = [total * 5, total * 7, tasks, ends.numel()]
         results = torch.empty(sum(size_of), dtype=torch.int64, device=self.device)
         counts, state, sums, edges = results.split(size_of)
@@ -246,16 +272,14 @@ class Resident:
         runs = [max(1, min(SAMPLE, self.numel // 4) * group.numel // self.numel // RUN) for group in self._groups]
         size = sum(runs) * RUN
         sample = torch.empty(self.tasks, size + 2, dtype=torch.float32, device=self.device)
-        sample[:, size] = -torch.inf
-        sample[:, size + 1] = torch.inf
         first = 0
         for group, count in zip(self._groups, runs):
             t = group.tables
             types = self._types(group)
             del types["ALIGN"], types["EVEN"]
             kernels.sample_kernel[(-(-count * RUN // 512),)](
-                t["rows"], t["bases"], t["prefix"], len(group.entries), group.numel, count, sample, size + 2, first,
-                numbers,
+                t["rows"], t["bases"], t["prefix"], len(group.entries), group.numel, count, sample, size, first, numbers,
+
                 TASKS=self.tasks, KIND=kind, **types, STEPS=len(group.entries).bit_length(), SAMPLES=512, RUN_=RUN,
                 enable_fp_fusion=False,
             )  # fmt: skip
@@ -282,7 +306,7 @@ class Resident:
                 cut, top = numbers["cut"][task], numbers["top"][task]
                 keeps = numbers["keeps"][task]
                 table[task, 4:7] = cut, top - cut, _inverse(top - cut) if keeps else 0.0
-        return torch.from_numpy(table).to(self.device)
+        return self._there([table.ravel()])[0]
 
     # -- the merge -----------------------------------------------------------------------------------------------------
 
@@ -305,21 +329,22 @@ class Resident:
         else:
             table = np.zeros((self.tasks, 8), np.float32)
             table[:, 0] = formula.numbers["thresholds"]
-            numbers = torch.from_numpy(table).to(self.device)
+            numbers = self._there([table.ravel()])[0]
         examine = self.squares is None
         tilings, tiles = self._tilings(MERGE_BLOCK)
         squares = torch.empty(self.tasks, tiles if examine else 0, dtype=torch.float32, device=self.device)
         for group, tiling in tilings:
             t = group.tables
-            places = torch.tensor([outs[entry.name].data_ptr() for entry in group.entries], dtype=torch.int64)
+            places = [outs[entry.name].data_ptr() for entry in group.entries]
             out = outs[group.entries[0].name].dtype
             types = self._types(group)
-            if any(int(place) % 16 for place in places):
+            if any(place % 16 for place in places):
                 types["ALIGN"] = 1
+            (targets,) = self._there([np.array(places, np.int64)])
             with self._here():
                 kernels.merge_kernel[(tiling.tiles,)](
-                    t["rows"], t["bases"], t["sizes"], places.to(self.device), t["weights"], tiling.tensor,
-                    tiling.start, numbers, float(scale), squares, tiling.first, tiles,
+                    t["rows"], t["bases"], t["sizes"], targets, t["weights"], tiling.tensor, tiling.start,
+                    numbers, float(scale), squares, tiling.first, tiles,
                     TASKS=self.tasks, KIND=kind, **types, OUT=_TYPES[out], ONTO_BASE=onto_base,
                     NORMALIZE=bool(formula.numbers.get("normalize", False)), EXAMINE=examine, BLOCK_=MERGE_BLOCK,
                     num_warps=MERGE_WARPS, enable_fp_fusion=False,
@@ -356,6 +381,7 @@ class Packed:
 
     def __init__(self, resident: Resident, masks: Tensor, places: Tensor, values: Tensor):
         self.tasks, self._masks, self._places, self._values = resident.tasks, masks, places, values
+        self._there = resident._there
         self._layout = [
             ([entry.name for entry in group.entries], group.tables["sizes"], tiling, group.even)
             for group, tiling in resident._tilings(MERGE_BLOCK)[0]
@@ -363,14 +389,15 @@ class Packed:
 
     def merged(self, weights: Sequence[float], outs: Mapping[str, Tensor]) -> None:
         """Writes Σ_i λ_i P_i to `outs`."""
-        factors = torch.tensor(list(weights), dtype=torch.float32).to(self._masks.device)
+        (factors,) = self._there([np.array(list(weights), np.float32)])
         for names, sizes, tiling, even in self._layout:
-            places = torch.tensor([outs[name].data_ptr() for name in names], dtype=torch.int64)
+            places = [outs[name].data_ptr() for name in names]
+            (targets,) = self._there([np.array(places, np.int64)])
             with _on(self._masks.device):
                 kernels.unpack_kernel[(tiling.tiles,)](
-                    sizes, places.to(self._masks.device), factors, tiling.tensor, tiling.start, self._masks,
-                    self._places, self._values, tiling.first,
-                    TASKS=self.tasks, ALIGN=16 if all(int(p) % 16 == 0 for p in places) else 1, EVEN=even,
+                    sizes, targets, factors, tiling.tensor, tiling.start, self._masks, self._places, self._values,
+                    tiling.first,
+                    TASKS=self.tasks, ALIGN=16 if all(place % 16 == 0 for place in places) else 1, EVEN=even,
                     BLOCK_=MERGE_BLOCK, num_warps=MERGE_WARPS, enable_fp_fusion=False,
                 )  # fmt: skip
 
@@ -390,6 +417,16 @@ def usable(device: torch.device) -> bool:
 def _on(device: torch.device) -> AbstractContextManager[Any]:
     """Launches go to the deltas' own device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+_KINDS = {"q": torch.int64, "l": torch.int64, "i": torch.int32, "f": torch.float32}
+
+
+@lru_cache(maxsize=256)
+def _table(content: bytes, device: torch.device, stream: int) -> Tensor:
+    here = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    # from pinned memory, since a copy from any other waits for all work before it
+    return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here.to(device)
 
 
 @lru_cache(maxsize=16)  # a search merges the same tensors again and again

@@ -97,7 +97,7 @@ def _delta(
     return value
 
 
-@triton.jit(do_not_specialize=["tensors", "numel", "runs", "pitch", "first"])
+@triton.jit(do_not_specialize=["tensors", "numel", "runs", "size", "first"])
 def sample_kernel(
     rows,
     bases,
@@ -106,7 +106,7 @@ def sample_kernel(
     numel,
     runs,
     sample,
-    pitch,
+    size,
     first,
     numbers,
     TASKS: tl.constexpr,
@@ -118,7 +118,14 @@ def sample_kernel(
     SAMPLES: tl.constexpr,
     RUN_: tl.constexpr,
 ):
-    """Values of elements drawn from equal strata, one run of neighbours in each, side by side in `sample`."""
+    """Values of elements drawn from equal strata, one run of neighbours in each, side by side in `sample`.
+
+    Its rows are `size` values and both infinities.
+    """
+    if (tl.program_id(0) == 0) & (first == 0):
+        for task in tl.static_range(TASKS):
+            tl.store(sample + task * (size + 2) + size, float("-inf"))
+            tl.store(sample + task * (size + 2) + size + 1, float("inf"))
     column = tl.program_id(0) * SAMPLES + tl.arange(0, SAMPLES)
     there = column < runs * RUN_
     run = (column // RUN_).to(tl.int64)
@@ -156,7 +163,7 @@ def sample_kernel(
             value = _pcb_score(x, total, numbers, task, TASKS)
         else:
             value = tl.abs(x)
-        tl.store(sample + task * pitch + first + column, value, mask=there)
+        tl.store(sample + task * (size + 2) + first + column, value, mask=there)
 
 
 # -- counting ----------------------------------------------------------------------------------------------------------
@@ -512,9 +519,11 @@ def merge_kernel(
             tl.store(squares + task * tiles + first + tile, tl.sum(x * x))
         if KIND == _TRIMMED or KIND == _TIES:  # noqa: SIM109 - a tuple test is not Triton
             x = tl.where(tl.abs(x) >= tl.load(numbers + task * 8), x, 0.0)
-        if KIND != _PCB:
-            x = x * tl.load(weights + tensor * TASKS + task)
-        total = x if task == 0 else total + x
+        if KIND == _PCB:
+            total = x if task == 0 else total + x
+        else:  # rounded once, as adding with a factor is elsewhere
+            weight = tl.load(weights + tensor * TASKS + task)
+            total = x * weight if task == 0 else tl.fma(x, weight, total)
     if KIND == _TIES:
         positive = total >= 0
         merged = tl.zeros([BLOCK_], dtype=tl.float32)
@@ -524,7 +533,7 @@ def merge_kernel(
             x = tl.where(tl.abs(x) >= tl.load(numbers + task * 8), x, 0.0)
             weight = tl.load(weights + tensor * TASKS + task)
             agrees = tl.where(positive, x > 0, x < 0)
-            merged += tl.where(agrees, x * weight, 0.0)
+            merged = tl.fma(tl.where(agrees, x, 0.0), weight, merged)
             agreed += tl.where(agrees, weight, 0.0)
         if NORMALIZE:
             merged = tl.div_rn(merged, tl.where(agreed == 0, 1.0, agreed))
@@ -534,7 +543,8 @@ def merge_kernel(
         for task in tl.static_range(TASKS):
             x = _delta(rows, tensor, task, base, element, inside, TASKS, STORED, BASED, ALIGN)
             share = _pcb_weight(_pcb_score(x, total, numbers, task, TASKS), numbers, task)
-            merged += _pcb_clipped(x, numbers, task) * share * tl.load(weights + tensor * TASKS + task)
+            part = _pcb_clipped(x, numbers, task) * share
+            merged = tl.fma(part, tl.load(weights + tensor * TASKS + task), merged)
             divisor += share
         merged = tl.div_rn(merged, tl.maximum(divisor, 1e-12))
     else:

@@ -709,8 +709,28 @@ class _Sweep:
             self._read_once = True
             return torch.cat(parts, -1), True
         blocks = sample_blocks(self.deltas, sample.size)
+        told = formula_of(sample.of)
+        if told is not None and told.name == "magnitude" and not self._chain and self._compiles():
+            return self._gathered(blocks), False
         parts = [sample.of(self._through(self._on_device(self.deltas.tile(*block)))) for block in blocks]
         return torch.cat(parts, -1), False
+
+    def _gathered(self, blocks: Sequence[tuple[str, int, int]]) -> Tensor:
+        """The magnitudes of the sampled blocks, with few calls: there are thousands of them."""
+        wanted: dict[str, list[tuple[int, int]]] = {}
+        for name, start, stop in blocks:
+            wanted.setdefault(name, []).append((start, stop))
+        source: Any = self._within()
+        parts = []
+        for name, places in wanted.items():
+            if self.deltas.infos[name].dtype == torch.float32 and source.compiles(name):
+                stored = source.gathered(name, places)
+                stack = torch.empty(len(self.deltas.tasks), stored.count)
+                native.load(stored, stack, None, None)
+                parts.append(stack.abs_())
+            else:
+                parts += [self.deltas.tile(name, *place).stack.abs() for place in places]
+        return torch.cat(parts, -1)
 
     def _sample_of_wholes(self, sample: Sample) -> Tensor:
         """The same blocks, where stages must see tensors whole: one tensor at a time, of which only the blocks stay."""
