@@ -17,15 +17,16 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from taskvec import native
 from taskvec.checkpoint import SEGMENT, Checkpoint, SegmentDigest, raw_bytes
-from taskvec.compiled import Chain
+from taskvec.compiled import Chain, values_of
 from taskvec.deltas import Deltas, ModelDeltas, OneTensor, Room, StackDeltas, Tile
 from taskvec.errors import NonFiniteError
-from taskvec.moments import CHUNK, exact, rounded_sum
+from taskvec.moments import CHUNK, exact, exact_sums, rounded_sum
 from taskvec.native import Stored
 from taskvec.order import counted
 from taskvec.plan import Fold, Formula, Kernel, Plan, Report, Sample, Selection, formula_of
@@ -163,7 +164,8 @@ def sweep(
     Raises:
         NonFiniteError: an input holds NaN or infinity; names tensor and task.
     """
-    _give_back()  # what was freed before counts against no budget of ours
+    if not _on_gpu(deltas):
+        _give_back()  # what was freed before counts against no budget of ours
     with _single_threaded():
         return _Sweep(deltas, list(stages), sink, scope, options, skip).run()
 
@@ -182,12 +184,13 @@ class _Sweep:
         )
         self.whole = any(stage.unit == "tensor" for stage in stages)
         self.resident = isinstance(deltas, StackDeltas)
-        there = options.device != "cpu" or (isinstance(deltas, StackDeltas) and deltas.device.type != "cpu")
+        there = options.device != "cpu" or _on_gpu(deltas)
         self.tile = -(-(options.tile or (TILE_RESIDENT if there else TILE)) // CHUNK) * CHUNK
         self.workers = max(1, options.workers or len(os.sched_getaffinity(0)))
         if there:
             self.workers = 1 if self.resident else max(2, self.workers)
-        memory = options.memory if options.memory is not None else free_memory() // 4
+        # stacks on a GPU take no host memory
+        memory = options.memory if options.memory is not None else 1 << 62 if _on_gpu(deltas) else free_memory() // 4
         if not there and options.tile is None:
             least = CHUNK * 4 * (4 * len(deltas.tasks) + 4) * self.workers
             while self.tile > CHUNK and self.tile // CHUNK * least > memory // 3:
@@ -416,9 +419,9 @@ class _Sweep:
         return sorted(big, key=lambda n: -self.deltas.infos[n].numel) + [n for n in self.deltas.infos if n not in big]
 
     def _fold(self, fold: Fold, label: str) -> Any:
-        told = formula_of(fold.of)
-        if told is not None and told.name == "counts of magnitudes" and not self._chain and self._compiles():
-            return self._counted(told.numbers["brackets"], fold, label)
+        compiled = self._compiled_fold(fold)
+        if compiled is not None:
+            return self._folded(fold, compiled, label)
         partials: list[Any] = []
         lock = threading.Lock()
 
@@ -532,8 +535,24 @@ class _Sweep:
         self._parallel(self._items(), item, label)
         self._read_once = True
 
-    def _counted(self, brackets: Any, fold: Fold, label: str) -> Any:
-        """Counts of magnitudes against brackets, taken from what is stored."""
+    def _compiled_fold(self, fold: Fold) -> "Callable[[Stored, Any], tuple[Any, bool]] | None":
+        """A fold's partial result from a tile as it is stored, and whether its base is finite; None: not known here."""
+        told = formula_of(fold.of)
+        if told is None or self._chain or not self._compiles():
+            return None
+        if told.name == "counts":
+            values, brackets = values_of(told.numbers["of"]), told.numbers["brackets"]
+            return None if values is None else lambda stored, squares: counted(stored, values, brackets, squares)
+        if told.name == "gram":
+            return lambda stored, squares: exact_sums(*native.gram(stored, squares))
+        if told.name == "energies":
+            return lambda stored, squares: exact_sums(*native.energies(stored, told.numbers["least"], squares))
+        if told.name == "varied":
+            return _varied
+        return None
+
+    def _folded(self, fold: Fold, part_of: "Callable[[Stored, Any], tuple[Any, bool]]", label: str) -> Any:
+        """A fold by compiled code, from what is stored."""
         partials: list[Any] = []
         lock = threading.Lock()
 
@@ -542,7 +561,7 @@ class _Sweep:
                 partials[:] = [fold.join(partials[0], part)] if partials else [part]
 
         def work(stored: Stored, squares: Any) -> None:
-            part, base_finite = counted(stored, brackets, squares)
+            part, base_finite = part_of(stored, squares)
             if squares is not None:
                 self._take_squares(stored, squares, base_finite)
             join(part)
@@ -710,13 +729,14 @@ class _Sweep:
             return torch.cat(parts, -1), True
         blocks = sample_blocks(self.deltas, sample.size)
         told = formula_of(sample.of)
-        if told is not None and told.name == "magnitude" and not self._chain and self._compiles():
-            return self._gathered(blocks), False
+        values = None if told is None or self._chain or not self._compiles() else values_of(told)
+        if values is not None:
+            return self._gathered(blocks, values, sample), False
         parts = [sample.of(self._through(self._on_device(self.deltas.tile(*block)))) for block in blocks]
         return torch.cat(parts, -1), False
 
-    def _gathered(self, blocks: Sequence[tuple[str, int, int]]) -> Tensor:
-        """The magnitudes of the sampled blocks, with few calls: there are thousands of them."""
+    def _gathered(self, blocks: Sequence[tuple[str, int, int]], values: native.Values, sample: Sample) -> Tensor:
+        """What is wanted of the sampled blocks, with few calls: there are thousands of them."""
         wanted: dict[str, list[tuple[int, int]]] = {}
         for name, start, stop in blocks:
             wanted.setdefault(name, []).append((start, stop))
@@ -724,12 +744,9 @@ class _Sweep:
         parts = []
         for name, places in wanted.items():
             if self.deltas.infos[name].dtype == torch.float32 and source.compiles(name):
-                stored = source.gathered(name, places)
-                stack = torch.empty(len(self.deltas.tasks), stored.count)
-                native.load(stored, stack, None, None)
-                parts.append(stack.abs_())
+                parts.append(native.listed(source.gathered(name, places), values))
             else:
-                parts += [self.deltas.tile(name, *place).stack.abs() for place in places]
+                parts += [sample.of(self.deltas.tile(name, *place)).float() for place in places]
         return torch.cat(parts, -1)
 
     def _sample_of_wholes(self, sample: Sample) -> Tensor:
@@ -831,6 +848,13 @@ class _TensorSweep(_Sweep):
             work(*item)
 
 
+def _varied(stored: Stored, squares: Any) -> tuple[int, bool]:
+    """How many entries differ between tasks."""
+    none = np.zeros((1, 1), np.float32)
+    found = native.count(stored, native.Values("variance"), none, none, squares)
+    return stored.count - int(found.counts[0, 0, 1]), found.base_finite
+
+
 class _Watch:
     """Hashes what is read of one segment, so that the inputs' digests cost no pass of their own."""
 
@@ -896,6 +920,10 @@ class _Gate:
                 self._changed.notify_all()
 
 
+def _on_gpu(deltas: Deltas) -> bool:
+    return isinstance(deltas, StackDeltas) and deltas.device.type != "cpu"
+
+
 def _resident_on_gpu(deltas: Deltas) -> Any:
     """Stacks that lie on one GPU, ready for fused passes; None where they do not, or where Triton is missing."""
     assert isinstance(deltas, StackDeltas)
@@ -908,7 +936,7 @@ def _resident_on_gpu(deltas: Deltas) -> Any:
         return None
     if deltas.numel < fused.LEAST or len(deltas.tasks) > fused.MOST_TASKS or not fused.usable(deltas.device):
         return None
-    return fused.Resident([fused.Entry(name, list(rows), None, weights) for name, rows, weights in stacks])
+    return fused.Resident([fused.Entry(name, rows, None, weights) for name, rows, weights in stacks])
 
 
 def _uploaded_on_gpu(there: Any) -> Any:
