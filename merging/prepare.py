@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from merging.method import MergeMethod, method
-from merging.recipe import Recipe, TaskSpec, unmatched, value_at
+from merging.recipe import Depth, Gradient, Recipe, TaskSpec, unmatched, value_at
 from merging.stacks import seeded
 from taskvec.blocks import depth_of
 from taskvec.checkpoint import Checkpoint
@@ -24,10 +24,50 @@ from taskvec.precision import FLOAT8, dtype_named, is_float
 from taskvec.source import TensorInfo, TensorSource, names_matching
 from taskvec.sweep import TILE, Options, Scope, Stage, free_memory
 from taskvec.vector import TaskVector, assert_alike, is_task_vector
-from taskvec.views import Only, Renamed, Resized
+from taskvec.views import Only, Renamed, Resized, Wide, stored_dtype
 from taskvec.writer import byte_count, bytes_text, check_output
 
 Notice = Callable[[str], None]
+
+
+class Opened:
+    """Checkpoints that are open, each once, however often a recipe names it.
+
+    Attributes:
+        planned: sources that stand for a name although nothing is there yet (the results of earlier stages).
+    """
+
+    def __init__(self, planned: Mapping[str, TensorSource] | None = None):
+        self.planned = dict(planned or {})
+        self._found: dict[tuple[str, str | None], TensorSource] = {}
+
+    def __call__(self, path: str, revision: str | None = None) -> TensorSource:
+        """The checkpoint of that path, hub id or stage."""
+        if path in self.planned:
+            return self.planned[path]
+        key = (path, revision)
+        if key not in self._found:
+            self._found[key] = Checkpoint.open(path, revision)
+        return self._found[key]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A merge that is a part of another: a slice, or a module.
+
+    Attributes:
+        name: how messages call it.
+        see: how each of its models is seen, given the model and its place among the tasks (-1 for the base).
+        names: the tensors of the whole result, against which patterns are checked.
+        depth: the layers over which gradients run, by tower.
+        base_layers: the layers of the base that the part uses.
+    """
+
+    name: str
+    see: Callable[[TensorSource, int], TensorSource] = lambda source, _: source
+    names: Sequence[str] | None = None
+    depth: Mapping[str, range] = field(default_factory=dict)
+    base_layers: tuple[int, int] | None = None
 
 
 @dataclass
@@ -57,7 +97,7 @@ class Prepared:
     infos: dict[str, TensorInfo]
     weights: WeightsOf
     masks: "Callable[[str, int, int], Tensor] | None"
-    depth: dict[str, int]
+    depth: Depth
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -156,10 +196,13 @@ def _given(step: Any) -> dict[str, Any]:
     return {} if isinstance(step, str) else {key: value for key, value in step.items() if key != "method"}
 
 
-def resolved(value: Any, name: str, depth: Mapping[str, int]) -> Any:
-    """A parameter value for one tensor: mappings from patterns and gradients become what holds there."""
-    from merging.recipe import Gradient
+def resolved(value: Any, name: str, depth: Depth) -> Any:
+    """A parameter value for one tensor: mappings from patterns and gradients become what holds there.
 
+    In a list, each task's value is such a value of its own.
+    """
+    if isinstance(value, list):
+        return [resolved(item, name, depth) for item in value]
     if isinstance(value, Mapping) and set(value) == {"gradient"}:
         return Gradient(gradient=value["gradient"]).at(name, depth)
     if isinstance(value, Mapping):
@@ -168,16 +211,34 @@ def resolved(value: Any, name: str, depth: Mapping[str, int]) -> Any:
     return value
 
 
-def prepare(recipe: Recipe, out: "str | os.PathLike[str] | None" = None, *, overwrite: bool = False) -> Prepared:
+def prepare(
+    recipe: Recipe,
+    out: "str | os.PathLike[str] | None" = None,
+    *,
+    overwrite: bool = False,
+    opened: Opened | None = None,
+    part: Part | None = None,
+) -> Prepared:
     """Opens a recipe's inputs and checks them against each other, the method and the output place.
+
+    Args:
+        recipe: a recipe of whole models, or (with `part`) one part of a larger one.
+        out: the output, if it is known.
+        overwrite: whether it may be there already.
+        opened: checkpoints that are open already.
+        part: what the recipe is a part of.
 
     Raises:
         RecipeError: everything that is wrong, at once.
     """
     problems, warnings = Problems(), []
+    opened = opened or Opened()
+    part = part or Part("")
+    if not recipe.is_whole:
+        raise RecipeError("slices, modules: only `taskvec merge` and `taskvec check` take such recipes")
     chosen = _method(recipe, problems)
     parameters = _parameters(recipe, chosen, problems)
-    base = _open(recipe.base, recipe.base_revision, problems) if recipe.base is not None else None
+    base = _open(recipe.base, recipe.base_revision, opened, problems) if recipe.base is not None else None
     if chosen is not None and chosen.needs_base and recipe.base is None:
         problems.add(
             f"base: {chosen.name} works on differences to a base; name the model that the tasks were tuned from"
@@ -185,7 +246,7 @@ def prepare(recipe: Recipe, out: "str | os.PathLike[str] | None" = None, *, over
     originals: dict[str, TensorSource] = {}
     tasks: list[Task] = []
     for spec in recipe.tasks:
-        task = _task(spec, base, problems, missing_base=recipe.base is None)
+        task = _task(spec, base, opened, problems, missing_base=recipe.base is None)
         if task is None:
             continue
         originals[task.name] = task.source
@@ -195,7 +256,7 @@ def prepare(recipe: Recipe, out: "str | os.PathLike[str] | None" = None, *, over
             except MismatchError as error:
                 problems.extend(error.problems)
         tasks.append(task)
-    _same_twice(recipe, problems)
+    _same_twice(recipe, part.base_layers, problems)
     if out is not None:
         inputs = [getattr(s, "path", None) for s in (base, *originals.values())]
         try:
@@ -209,13 +270,16 @@ def prepare(recipe: Recipe, out: "str | os.PathLike[str] | None" = None, *, over
     assert chosen is not None
     first: TensorSource = base if base is not None else tasks[0].source
     _quantised([first, *(task.source for task in tasks)], problems)
+    donor = first
+    tasks = [Task(task.name, part.see(task.source, at), task.is_delta) for at, task in enumerate(tasks)]
+    first = part.see(base, -1) if base is not None else tasks[0].source
     exclude = set(names_matching(list(first.infos), recipe.exclude))
     everywhere = list({name: None for source in (first, *(t.source for t in tasks)) for name in source.infos})
-    _patterns(recipe, everywhere, list(first.infos), problems)
+    _patterns(recipe, part.names or everywhere, part.names or list(first.infos), problems)
     if recipe.exclude:
         first = Only(first, lambda name: name not in exclude) if exclude else first
         tasks = [Task(t.name, Only(t.source, _outside(recipe.exclude)), t.is_delta) for t in tasks]
-    first, tasks = _resized(recipe, first, tasks, problems)
+    first, tasks = _resized(recipe, first, tasks, problems, whole=part.names is None)
     _alike(recipe, first, tasks, problems)
     problems.raise_if_any(RecipeError)
     kept_patterns = set(names_matching(list(first.infos), recipe.keep_base))
@@ -224,24 +288,24 @@ def prepare(recipe: Recipe, out: "str | os.PathLike[str] | None" = None, *, over
     merged = [n for n in candidates if is_float(first.infos[n].dtype) and n in included and n not in kept_patterns]
     tied_names = {n for n in first.aliases if first.aliases[n] in merged and recipe.tied == "once"}
     kept = [n for n in first.infos if n not in set(merged) and n not in tied_names]
-    if not merged:
+    if not merged and part.names is None:
         problems.add("nothing would be merged: include, exclude and keep_base leave no floating tensor")
     warnings += _integers(first, tasks, kept)
     _tied_apart(first, tasks, problems)
-    depth = depth_of(first.infos)
+    depth: Depth = depth_of(first.infos) | dict(part.depth)
     shapes = {name: first.infos[name].shape for name in merged}
     weights = _weights(recipe, chosen, parameters, merged, depth, shapes, problems)
     masks = _masks(recipe, merged, problems)
     infos = _output_infos(recipe, first, problems)
     scope: Scope = recipe.statistics or chosen.statistics
     if scope == "model":
-        by_name = [k for k, v in recipe.parameters.items() if isinstance(v, Mapping)]
         problems.extend(
-            f"parameters.{k}: values by pattern or depth need `statistics: tensor`; with the whole model's statistics there is one value"
-            for k in by_name
+            f"{where}: values by pattern or depth need `statistics: tensor`; with the whole model's statistics there is one value"
+            for where, value in _settings(recipe)
+            if _is_by_name(value)
         )
     _device(recipe, problems)
-    warnings += _tokenizers(first, tasks)
+    warnings += _tokenizers(donor, [(task.name, originals[task.name]) for task in tasks])
     prepared = Prepared(
         recipe,
         chosen,
@@ -286,7 +350,7 @@ def _method(recipe: Recipe, problems: Problems) -> MergeMethod | None:
                 if found.role != role:
                     problems.add(f"{role}: {found.name} is a {found.role} method")
                 else:
-                    found.bound({k: _sample_value(v) for k, v in _given(step).items()}, len(recipe.tasks))
+                    _bound_leaves(found, _given(step), len(recipe.tasks))
             except RecipeError as error:
                 problems.extend(f"{role}: {problem}" for problem in error.problems)
             except UsageError as error:
@@ -313,44 +377,68 @@ def _method(recipe: Recipe, problems: Problems) -> MergeMethod | None:
     return chosen
 
 
+def _is_by_name(value: Any) -> bool:
+    """Whether a parameter's value differs from tensor to tensor, for one task at least."""
+    return isinstance(value, Mapping) or (isinstance(value, list) and any(isinstance(item, Mapping) for item in value))
+
+
+def _settings(recipe: Recipe) -> list[tuple[str, Any]]:
+    """Every parameter of the method and its steps, with what messages call it."""
+    found = [(f"parameters.{key}", value) for key, value in recipe.parameters.items()]
+    for role, steps in (("preprocess", recipe.preprocess), ("postprocess", recipe.postprocess)):
+        found += [(f"{role}.{_name(step)}.{key}", value) for step in steps for key, value in _given(step).items()]
+    return found
+
+
 def _sample_value(value: Any) -> Any:
     """Any one value of a mapping from patterns, to check its type."""
-    if isinstance(value, Mapping):
-        inner = next(iter(value.values()), None)
-        return _sample_value(inner[0] if isinstance(inner, list) and set(value) == {"gradient"} else inner)
-    return value
+    return _leaves(value)[0]
+
+
+def _bound_leaves(chosen: MergeMethod, given: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The parameters with any one value of each, after every value was checked.
+
+    Raises:
+        RecipeError: unknown parameters, and values out of range, all at once.
+    """
+    samples = {key: _sample_value(value) for key, value in given.items()}
+    problems, bound = Problems(), {}
+    for key, value in given.items() or [("", None)]:
+        for leaf in _leaves(value) if key else [None]:
+            try:
+                bound = chosen.bound({**samples, **({key: leaf} if key else {})}, count)
+            except RecipeError as error:
+                problems.extend(error.problems)
+    problems.raise_if_any(RecipeError)
+    return bound
 
 
 def _parameters(recipe: Recipe, chosen: MergeMethod | None, problems: Problems) -> dict[str, Any]:
     if chosen is None:
         return {}
     values: dict[str, Any] = {}
-    leaves: list[dict[str, Any]] = [{}]
-    for key, value in recipe.parameters.items():
-        options = _leaves(value)
-        leaves = [{**leaf, key: option} for leaf in leaves[:1] for option in options] + leaves[1:]
     try:
-        for leaf in leaves:
-            bound = chosen.bound(
-                {**{k: _sample_value(v) for k, v in recipe.parameters.items()}, **leaf}, len(recipe.tasks)
-            )
-            values = values or bound
+        values = _bound_leaves(chosen, recipe.parameters, len(recipe.tasks))
     except RecipeError as error:
         problems.extend(f"parameters.{problem}" for problem in error.problems)
     return {**seeded(chosen, values, recipe.parameters, recipe.seed), **recipe.parameters} if values else {}
 
 
 def _leaves(value: Any) -> list[Any]:
+    """Every number that a value may be for some tensor; a list holds one for each task."""
+    if isinstance(value, list) and _is_by_name(value):
+        options = [_leaves(item) for item in value]
+        return [[option[min(at, len(option) - 1)] for option in options] for at in range(max(map(len, options)))]
     if isinstance(value, Mapping):
         if set(value) == {"gradient"}:
-            return list(value["gradient"])
-        return [leaf for inner in value.values() for leaf in _leaves(inner)]
+            return list(value["gradient"]) or [None]
+        return [leaf for inner in value.values() for leaf in _leaves(inner)] or [None]
     return [value]
 
 
-def _open(path: str, revision: str | None, problems: Problems) -> TensorSource | None:
+def _open(path: str, revision: str | None, opened: Opened, problems: Problems) -> TensorSource | None:
     try:
-        return Checkpoint.open(path, revision)
+        return opened(path, revision)
     except TaskvecError as error:
         problems.add(str(error))
         return None
@@ -363,10 +451,14 @@ def _adapter(spec: TaskSpec, base: TensorSource) -> Task:
     return Task(spec.label, found, is_delta=True)
 
 
-def _task(spec: TaskSpec, base: TensorSource | None, problems: Problems, *, missing_base: bool) -> Task | None:
+def _task(
+    spec: TaskSpec, base: TensorSource | None, opened: Opened, problems: Problems, *, missing_base: bool
+) -> Task | None:
     name, path, revision = spec.label, spec.path, spec.revision
     folder = Path(path).expanduser()
     try:
+        if spec.over is not None:
+            return Task(name, _over(spec, opened(spec.over)))
         if (folder / "adapter_config.json").is_file():
             if base is None:
                 if missing_base:
@@ -376,7 +468,7 @@ def _task(spec: TaskSpec, base: TensorSource | None, problems: Problems, *, miss
                 return None
             return _adapter(spec, base)
         try:
-            source = Checkpoint.open(path, revision)
+            source = opened(path, revision)
         except NotAModelError:
             if folder.exists() or base is None:
                 raise
@@ -397,16 +489,31 @@ def _task(spec: TaskSpec, base: TensorSource | None, problems: Problems, *, miss
     return None
 
 
-def _same_twice(recipe: Recipe, problems: Problems) -> None:
+def _over(spec: TaskSpec, model: TensorSource) -> TensorSource:
+    """An adapter or task vector together with the model that it belongs to: one whole model."""
+    try:
+        source = Checkpoint.open(spec.path, spec.revision)
+    except NotAModelError:
+        adapter: Any = _adapter(spec, model).source
+        return Wide(TaskVector([(1.0, adapter)], base=model).apply_to(model))
+    if not is_task_vector(source):
+        raise MismatchError([f"{spec.path}: `over` is for adapters and task vectors; this is a whole model"])
+    return Wide(TaskVector.load(spec.path).apply_to(model))
+
+
+def _same_twice(recipe: Recipe, base_layers: tuple[int, int] | None, problems: Problems) -> None:
     seen: dict[str, str] = {}
     base = os.path.realpath(recipe.base) if recipe.base is not None else None
     for spec in recipe.tasks:
         real = os.path.realpath(spec.path) if os.path.exists(spec.path) else f"{spec.path}@{spec.revision}"
+        is_base = real == base and spec.layers == base_layers and spec.over is None
+        if spec.over is not None or spec.layers is not None:
+            real = f"{real} over {spec.over}, layers {spec.layers}"
         if real in seen and "duplicate_task" not in recipe.allow:
             problems.add(
                 f"tasks: {spec.path} is there twice. Give it one larger weight instead, or allow it (`allow: [duplicate_task]`)"
             )
-        if real == base and "zero_task" not in recipe.allow:
+        if is_base and "zero_task" not in recipe.allow:
             problems.add(
                 f"tasks: {spec.path} is the base itself; its task vector is zero (`allow: [zero_task]` lets it through)"
             )
@@ -433,7 +540,7 @@ def _quantised(sources: Sequence[TensorSource], problems: Problems) -> None:
             )
 
 
-def _patterns(recipe: Recipe, everywhere: list[str], names: list[str], problems: Problems) -> None:
+def _patterns(recipe: Recipe, everywhere: Sequence[str], names: Sequence[str], problems: Problems) -> None:
     for key in ("include", "keep_base"):
         for pattern in getattr(recipe, key):
             if not names_matching(names, [pattern]):
@@ -447,13 +554,14 @@ def _patterns(recipe: Recipe, everywhere: list[str], names: list[str], problems:
         problems.extend(
             f"weight of {spec.label}: the pattern {p!r} matches no tensor" for p in unmatched(spec.weight, names)
         )
-    for key, value in recipe.parameters.items():
-        if isinstance(value, Mapping) and set(value) != {"gradient"}:
-            problems.extend(f"parameters.{key}: the pattern {p!r} matches no tensor" for p in unmatched(value, names))
+    for where, value in _settings(recipe):
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, Mapping) and set(item) != {"gradient"}:
+                problems.extend(f"{where}: the pattern {p!r} matches no tensor" for p in unmatched(item, names))
 
 
 def _resized(
-    recipe: Recipe, first: TensorSource, tasks: list[Task], problems: Problems
+    recipe: Recipe, first: TensorSource, tasks: list[Task], problems: Problems, *, whole: bool
 ) -> tuple[TensorSource, list[Task]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for name, info in first.infos.items():
@@ -468,7 +576,7 @@ def _resized(
                 info.shape if how == "base" else (min(info.shape[0], *(s[0] for s in others)), *info.shape[1:])
             )
     if not shapes:
-        if recipe.resize and not any(problem.startswith("resize") for problem in problems.found):
+        if whole and recipe.resize and not any(problem.startswith("resize") for problem in problems.found):
             problems.add("resize: every tensor that the patterns match has the same shape in all models")
         return first, tasks
     if any(task.is_delta for task in tasks):
@@ -567,19 +675,24 @@ def _weights(
     chosen: MergeMethod,
     parameters: Mapping[str, Any],
     merged: list[str],
-    depth: Mapping[str, int],
+    depth: Depth,
     shapes: Mapping[str, tuple[int, ...]],
     problems: Problems,
 ) -> WeightsOf:
+    values = {name: [value_at(spec.weight, name, depth) for spec in recipe.tasks] for name in merged}
+    for at, spec in enumerate(recipe.tasks):
+        without = [name for name, row in values.items() if row[at] is None]
+        if without:
+            problems.add(
+                f"weight of {spec.label}: is missing for {shortened(without)}; no pattern matches them and there is no default"
+            )
     fixed = {
-        name: torch.tensor(
-            [float(value_at(spec.weight, name, depth)) for spec in recipe.tasks], dtype=torch.float64
-        ).float()
-        for name in merged
+        name: torch.tensor([0.0 if v is None else float(v) for v in row], dtype=torch.float64).float()
+        for name, row in values.items()
     }
     if recipe.coefficients is None:
         zero = [name for name, weights in fixed.items() if not bool((weights != 0).any())]
-        if zero:
+        if zero and chosen.name != "passthrough":
             problems.add(f"weights: all are zero for {shortened(zero)}; nothing would be merged there")
         if chosen.space == "weight" and parameters.get("normalize", False) is True:
             none = [name for name, weights in fixed.items() if float(weights.double().sum()) == 0]
@@ -649,14 +762,21 @@ def _output_infos(recipe: Recipe, first: TensorSource, problems: Problems) -> di
             byte_count(recipe.memory)
     except UsageError as error:
         problems.add(str(error))
-    names = [n for n in first.infos if n not in first.aliases or isinstance(first, Checkpoint | Only | Resized)]
+    names = [n for n in first.infos if n not in first.aliases or _is_stored(first)]
     return {
         n: TensorInfo(
             first.infos[n].shape,
-            stored if stored is not None and is_float(first.infos[n].dtype) else first.infos[n].dtype,
+            stored if stored is not None and is_float(first.infos[n].dtype) else stored_dtype(first, n),
         )
         for n in names
     }
+
+
+def _is_stored(source: TensorSource) -> bool:
+    """Whether the tensors lie in a checkpoint, where a tied name is there because it was stored."""
+    while not isinstance(source, Checkpoint) and hasattr(source, "source"):
+        source = source.source
+    return isinstance(source, Checkpoint)
 
 
 def _device(recipe: Recipe, problems: Problems) -> None:
@@ -671,7 +791,7 @@ def _device(recipe: Recipe, problems: Problems) -> None:
         problems.add(f"device: {recipe.device!r} is not supported; use cpu or cuda")
 
 
-def _tokenizers(first: TensorSource, tasks: list[Task]) -> list[str]:
+def _tokenizers(first: TensorSource, others: Sequence[tuple[str, TensorSource]]) -> list[str]:
     def vocabulary(source: TensorSource) -> tuple[bytes, Path] | None:
         for path in getattr(source, "companions", ()):
             if path.name == "tokenizer.json":
@@ -680,18 +800,18 @@ def _tokenizers(first: TensorSource, tasks: list[Task]) -> list[str]:
 
     ours = vocabulary(first)
     warnings = []
-    for task in tasks:
-        theirs = vocabulary(task.source)
+    for label, other in others:
+        theirs = vocabulary(other)
         if ours is None or theirs is None or ours[0] == theirs[0]:
             continue
         try:
-            one, other = (json.loads(text)["model"].get("vocab") for text, _ in (ours, theirs))
+            one, two = (json.loads(text)["model"].get("vocab") for text, _ in (ours, theirs))
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
-        if one != other:
+        if one != two:
             warnings.append(
-                f"{task.name}: its tokenizer has another vocabulary than {first.label}'s; rows of the embeddings mean other "
-                "tokens there, and merging them mixes unrelated tokens"
+                f"{label}: its tokenizer has another vocabulary than {first.label}'s; rows of the embeddings mean other "
+                "tokens there, and merging them mixes unrelated tokens (`tokenizer: union` or `base` merges them by token)"
             )
     return warnings
 

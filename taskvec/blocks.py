@@ -12,6 +12,7 @@ _EMBEDDING = re.compile(
     r"(^|[._])(embed|embeddings?|wte|wpe|tok_embeddings|shared|embed_tokens|embed_in)([._]|$)", re.I
 )
 _NORM = re.compile(r"(norm|ln_|layernorm|(^|\.)ln\d*(\.|$)|(^|\.)bn\d*(\.|$))", re.I)
+_FIRST = re.compile(r"(embed|patch|(^|\.)(wte|wpe|shared|stem|conv[12]|cls_token|pre_?la?y[er]*norm)(\.|$))", re.I)
 _HEAD = re.compile(r"(^|\.)(lm_head|classifier|score|qa_outputs|cls|heads?|embed_out|fc_out)(\.|$)")
 
 
@@ -52,6 +53,37 @@ def depth_of(names: Iterable[str]) -> dict[str, int]:
             tower = tower_of(name)
             depth[tower] = max(depth.get(tower, 0), layer + 1)
     return depth
+
+
+def with_layer(name: str, layer: int) -> str:
+    """The name with another layer number.
+
+    >>> with_layer("model.layers.12.mlp.experts.3.w1.weight", 7)
+    'model.layers.7.mlp.experts.3.w1.weight'
+    """
+    found = _NUMBER.search(name)
+    return name if found is None else f"{name[: found.start(1)]}{layer}{name[found.end(1) :]}"
+
+
+def main_tower(names: Iterable[str], counts: Iterable[int] = ()) -> str | None:
+    """The tower that holds the model's numbered layers, or None where several could be meant.
+
+    Args:
+        names: the tensor names.
+        counts: numbers of layers that the configuration speaks of.
+
+    >>> main_tower(["h.0.attn.weight", "h.1.attn.weight", "score.0.weight"], [2])
+    'h'
+    """
+    depth = depth_of(names)
+    wanted = set(counts)
+    found = [tower for tower, layers in depth.items() if layers in wanted] or list(depth)
+    return found[0] if len(found) == 1 else None
+
+
+def comes_first(name: str) -> bool:
+    """Whether a tensor outside the layers is used before them (embeddings, patches, stems) rather than after."""
+    return bool(_FIRST.search(name)) and not is_head(name)
 
 
 def is_matrix(shape: tuple[int, ...]) -> bool:

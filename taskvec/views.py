@@ -1,13 +1,22 @@
 """Sources seen through a change of names or shapes, without a copy."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from taskvec.errors import MismatchError
-from taskvec.source import TensorInfo, TensorSource
+from taskvec.precision import compute_dtype, is_float
+from taskvec.source import LowRank, TensorInfo, TensorSource
+
+
+def stored_dtype(source: TensorSource, name: str) -> torch.dtype:
+    """The dtype in which the tensor is stored, also where the source gives it wider than that."""
+    ask: Callable[[str], torch.dtype] | None = getattr(source, "stored_dtype", None)
+    return source.infos[name].dtype if ask is None else ask(name)
 
 
 class Renamed:
@@ -46,6 +55,138 @@ class Renamed:
     def read_flat(self, name: str, start: int, stop: int) -> Tensor:
         return self.source.read_flat(self._old[name], start, stop)
 
+    def stored_dtype(self, name: str) -> torch.dtype:
+        return stored_dtype(self.source, self._old[name])
+
+
+class Selected:
+    """Some tensors of a source under names of the caller's, one of them several times if wanted.
+
+    Args:
+        source: the source.
+        names: new name to the source's own; those that the source lacks are left out.
+    """
+
+    def __init__(self, source: TensorSource, names: Mapping[str, str]):
+        self.source, self.label = source, source.label
+        self.path: Path | None = getattr(source, "path", None)
+        self._old = {new: old for new, old in names.items() if old in source.infos}
+        self.infos: Mapping[str, TensorInfo] = {new: source.infos[old] for new, old in self._old.items()}
+        first: dict[str, str] = {}
+        for new, old in self._old.items():
+            first.setdefault(old, new)
+        self.aliases: Mapping[str, str] = {
+            new: first[source.aliases[old]]
+            for new, old in self._old.items()
+            if old in source.aliases and source.aliases[old] in first
+        }
+
+    def read(self, name: str) -> Tensor:
+        return self.source.read(self._old[name])
+
+    def read_flat(self, name: str, start: int, stop: int) -> Tensor:
+        return self.source.read_flat(self._old[name], start, stop)
+
+    def read_ahead(self, name: str, start: int, stop: int) -> None:
+        ahead = getattr(self.source, "read_ahead", None)
+        if ahead is not None:
+            ahead(self._old[name], start, stop)
+
+    def low_rank(self, name: str) -> LowRank | None:
+        """The delta as a product of factors, where the source has it as one."""
+        product: LowRank | None = self.source.low_rank(self._old[name]) if hasattr(self.source, "low_rank") else None
+        return product
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        return stored_dtype(self.source, self._old[name])
+
+
+class Wide:
+    """A sum that is rounded when it is read (`taskvec.vector.Applied`), seen before that rounding."""
+
+    def __init__(self, source: Any):
+        self.source, self.label, self.aliases = source, source.label, source.aliases
+        self.path: Path | None = getattr(source, "path", None)
+        self.companions: tuple[Path, ...] = source.companions
+        self.infos: Mapping[str, TensorInfo] = {
+            name: TensorInfo(info.shape, compute_dtype(info.dtype)) if is_float(info.dtype) else info
+            for name, info in source.infos.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        info = self.infos[name]
+        return self.read_flat(name, 0, info.numel).view(info.shape)
+
+    def read_flat(self, name: str, start: int, stop: int) -> Tensor:
+        values: Tensor = self.source.read_unrounded(name, start, stop)
+        return values.to(self.infos[name].dtype)
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        dtype: torch.dtype = self.source.infos[name].dtype
+        return dtype
+
+
+Row = tuple[TensorSource, int]
+"""One row of a table: whose, and which."""
+
+
+class Rows:
+    """A source in which some tables have other rows: each a row of a table, a mean of several, or zero.
+
+    Tables are read in runs of consecutive rows, so that none is ever held as a whole.
+
+    Args:
+        source: the source.
+        tables: name to the rows that the table has here: a number is a row of its own table, a tuple of `Row` the mean of
+            these rows (of tables of the same name), an empty tuple zero.
+    """
+
+    def __init__(self, source: TensorSource, tables: Mapping[str, Sequence["int | tuple[Row, ...]"]]):
+        self.source, self.label, self.aliases = source, source.label, source.aliases
+        self.path: Path | None = getattr(source, "path", None)
+        self._tables = {name: rows for name, rows in tables.items() if name in source.infos}
+        self.infos: Mapping[str, TensorInfo] = {
+            name: self._info(name, info) if name in self._tables else info for name, info in source.infos.items()
+        }
+
+    def _info(self, name: str, info: TensorInfo) -> TensorInfo:
+        rows = self._tables[name]
+        means = any(not isinstance(row, int) and len(row) > 1 for row in rows)  # not rounded before the merge
+        return TensorInfo((len(rows), *info.shape[1:]), compute_dtype(info.dtype) if means else info.dtype)
+
+    def read(self, name: str) -> Tensor:
+        info = self.infos[name]
+        return self.read_flat(name, 0, info.numel).view(info.shape)
+
+    def read_flat(self, name: str, start: int, stop: int) -> Tensor:
+        if name not in self._tables:
+            return self.source.read_flat(name, start, stop)
+        info, rows = self.infos[name], self._tables[name]
+        width = max(1, math.prod(info.shape[1:]))
+        first, last = start // width, -(-stop // width)
+        found = torch.zeros((last - first) * width, dtype=info.dtype)
+        at = first
+        while at < last:
+            row, place = rows[at], (at - first) * width
+            if isinstance(row, int):
+                run = 1
+                while at + run < last and rows[at + run] == row + run:
+                    run += 1
+                found[place : place + run * width] = self.source.read_flat(name, row * width, (row + run) * width)
+                at += run
+                continue
+            if row:
+                parts = [source.read_flat(name, r * width, (r + 1) * width) for source, r in row]
+                total = parts[0].to(compute_dtype(info.dtype))
+                for part in parts[1:]:
+                    total = total + part
+                found[place : place + width] = (total / len(parts)).to(info.dtype)
+            at += 1
+        return found[start - first * width : stop - first * width]
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        return stored_dtype(self.source, name)
+
 
 class Resized:
     """A source in which some tensors have more or fewer rows (first dimension).
@@ -74,6 +215,9 @@ class Resized:
             return rest
         return torch.cat([self.source.read_flat(name, start, own), rest])
 
+    def stored_dtype(self, name: str) -> torch.dtype:
+        return stored_dtype(self.source, name)
+
 
 class Only:
     """The tensors of a source whose names pass a test."""
@@ -96,3 +240,6 @@ class Only:
         ahead = getattr(self.source, "read_ahead", None)
         if ahead is not None:
             ahead(name, start, stop)
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        return stored_dtype(self.source, name)
