@@ -345,7 +345,7 @@ class ModelDeltas:
                 for place, raw in zip(places, found):
                     rows[place] = raw
                 base = None if self.base is None else found[-1]
-                stored = Stored(name, begin, end, rows, self._relations, base)
+                stored = self._stored(name, begin, end, rows, base)
             yield stored
 
     def gathered(self, name: str, blocks: Sequence[tuple[int, int]]) -> Stored:
@@ -353,7 +353,15 @@ class ModelDeltas:
         sources = [task.source if name in task.source.infos else None for task in self._tasks] + [self.base]
         found = [None if source is None else _gathered(source, name, blocks) for source in sources]
         size = sum(stop - start for start, stop in blocks)
-        return Stored(name, 0, size, found[:-1], self._relations, found[-1])
+        return self._stored(name, 0, size, found[:-1], found[-1])
+
+    def _stored(self, name: str, start: int, stop: int, rows: list[Tensor | None], base: Tensor | None) -> Stored:
+        relations = list(self._relations)
+        for place, row in enumerate(rows):
+            if row is None and relations[place] == PLUS_BASE:
+                # nothing added to the base is the base, not zero
+                rows[place], relations[place] = base, AS_IS
+        return Stored(name, start, stop, rows, relations, base)
 
     def tile(self, name: str, start: int, stop: int, watch: Watch | None = None, room: "Room | None" = None) -> Tile:
         """One tile; it lies in `room` where that is given and large enough, instead of in new memory."""
