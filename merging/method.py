@@ -314,6 +314,10 @@ class Unweighted:
         """Notes whether this tile's weights are anything but 1."""
         self._given = self._given or bool((tile.weights != 1).any())
 
+    def given(self, weights: Sequence[float]) -> None:
+        """The same for weights that are one number for each task."""
+        self._given = self._given or any(weight != 1 for weight in weights)
+
     def facts(self) -> Mapping[str, Any]:
         """What to report when the merge is done."""
         return {"warnings": ["task weights have no meaning here; they were ignored"] if self._given else []}

@@ -4,17 +4,22 @@ Plans say what their functions of tiles compute (`taskvec.plan.formula`). Where 
 tiles go from their stored form to the output's in one call; a method's file is the same either way.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
+from taskvec import native
 from taskvec.draws import keys, limit
-from taskvec.native import Combination, Step
+from taskvec.native import Combination, Step, Values
 from taskvec.plan import Formula
 
-_STEPS = ("trim", "band", "drop")
+_STEPS = ("trim", "band", "drop", "factors")
+_WHOLE = ("pcb", "sce")  # their statistics are those of the deltas themselves
 _SUMS = ("weighted sum", "weighted mean", "plain mean", "combination")
 
 
@@ -37,7 +42,7 @@ class Chain:
             scale = float(formulas.pop().numbers["scale"])
         if not formulas or any(link.name not in _STEPS for link in formulas[:-1]):
             return None
-        if formulas[-1].name not in (*_SUMS, "ties"):
+        if formulas[-1].name not in (*_SUMS, "ties", "pcb", "sce") or (formulas[:-1] and formulas[-1].name in _WHOLE):
             return None
         return cls(formulas[:-1], formulas[-1], scale)
 
@@ -69,17 +74,50 @@ class Chain:
                 steps.append(Step("trim", low=numbers["thresholds"]))
             kind = "ties mean" if numbers["normalize"] else "ties sum"
             return Combination(kind, own, steps, scale=last, onto_base=onto_base)  # type: ignore[arg-type]
+        if self.combine.name == "pcb":
+            return Combination(
+                "pcb", own, scale=last, onto_base=onto_base, keeps=numbers["keeps"], low=numbers["low"],
+                high=numbers["high"], cut=numbers["cut"], top=numbers["top"],
+            )  # fmt: skip
+        if self.combine.name == "sce":
+            # in single precision one after the other, as the kernel multiplies
+            own = [float(np.float32(weight) * np.float32(share)) for weight, share in zip(own, numbers["shares"])]
+            return Combination("sce", own, scale=last, onto_base=onto_base, least=numbers["least"])
         divisor = factor = None
         if self.combine.name == "weighted mean":
             divisor = float(weights.double().sum(0))
             if divisor == 0:
                 return None  # the kernel itself refuses, in its own words
         elif self.combine.name == "plain mean":
+            numbers["seen"](own)
             own, divisor, factor = [1.0] * len(tasks), float(len(tasks)), numbers.get("factor")
         elif self.combine.name == "combination":
             coefficients: Callable[[Sequence[float]], Sequence[float]] = numbers["coefficients"]
             own = list(coefficients([float(weight) for weight in weights.double()]))
         return Combination("weighted sum", own, steps, divisor, factor, last, onto_base)
+
+
+def values_of(told: Formula) -> Values | None:
+    """Of what a formula's order statistics are taken; None where that is not known here."""
+    if told.name in ("magnitude", "variance"):
+        return Values(told.name)  # type: ignore[arg-type]
+    if told.name == "pcb score":
+        return Values("pcb score", tuple(told.numbers["low"]), tuple(told.numbers["high"]))
+    return None
+
+
+def pcb_scores(stack: Tensor, low: Sequence[float], high: Sequence[float]) -> Tensor | None:
+    """PCB's scores of a stack, [task, *shape], by compiled code; None where it cannot take it.
+
+    The compiled exponentials are not torch's to the last bit, so whoever compares scores must take all of them here.
+    """
+    known = stack.dtype == torch.float32 and stack.device.type == "cpu" and native.usable()
+    if not known or len(stack) > native.MOST_TASKS or not stack.numel():
+        return None
+    flat = stack.reshape(len(stack), -1)
+    rows: list[Tensor | None] = [row.contiguous() for row in flat]
+    stored = native.Stored("", 0, flat.shape[1], rows, [native.AS_IS] * len(rows), None)
+    return native.listed(stored, Values("pcb score", tuple(low), tuple(high))).view(stack.shape)
 
 
 def _step(link: Formula, name: str, start: int, tasks: Sequence[str]) -> Step:
@@ -88,6 +126,8 @@ def _step(link: Formula, name: str, start: int, tasks: Sequence[str]) -> Step:
         return Step("trim", low=numbers["thresholds"])
     factors = numbers["factors"]  # read now: plans may fill them in after they made the kernel
     scaled = tuple(factors) if any(factor != 1 for factor in factors) else ()
+    if link.name == "factors":
+        return Step("band", [0.0] * len(tasks), [math.inf] * len(tasks), scaled)
     if link.name == "band":
         return Step("band", low=numbers["low"], high=numbers["high"], factor=scaled)
     drawn = [keys(numbers["seed"], task, name, start >> 32) for task in tasks]

@@ -6,12 +6,14 @@ not move them), and chunk sums are added exactly, as whole multiples of the smal
 
 import math
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from taskvec.deltas import Tile
-from taskvec.plan import Fold, SubPlan
+from taskvec.plan import Fold, SubPlan, formula, formula_of
 
 CHUNK = 1 << 15
 _SHIFT = 1126  # 2^-1126 divides every finite float64
@@ -28,11 +30,17 @@ def rounded_sum(total: int) -> float:
     return total / (1 << _SHIFT)
 
 
+def exact_sums(parts: "np.ndarray[Any, Any]", finite: bool = True) -> tuple[list[int], bool]:
+    """The exact sums over chunks, [chunk, *any], as whole multiples; `finite` is handed through."""
+    return [sum(map(exact, column)) for column in parts.reshape(len(parts), -1).T.tolist()], finite
+
+
 def sums(of: Callable[[Tile], Tensor]) -> SubPlan:
     """Exact sums of what `of` returns for each chunk. A sub-plan: use `yield from`.
 
     Args:
-        of: tile of at most 2^15 elements -> float64 tensor of partial sums, any fixed shape.
+        of: tile of at most 2^15 elements -> float64 tensor of partial sums, any fixed shape. Where it has a formula the
+            engine may know a faster form of the sums.
 
     Returns:
         A float64 tensor of that shape. Passes: one.
@@ -49,7 +57,12 @@ def sums(of: Callable[[Tile], Tensor]) -> SubPlan:
             total = exacts if not total else [a + b for a, b in zip(total, exacts)]
         return total
 
+    told = formula_of(of)
+    if told is not None:
+        partial = formula(told.name, **told.numbers)(partial)
     total = yield Fold(partial, _added)
+    if not shape:
+        shape.append(torch.Size(told.numbers["shape"] if told is not None else (len(total),)))
     return torch.tensor([rounded_sum(value) for value in total], dtype=torch.float64).reshape(shape[0])
 
 
@@ -84,11 +97,12 @@ def chunks(tile: Tile, size: int = CHUNK) -> "list[Tile]":
     ]
 
 
-def gram(of: Callable[[Tile], Tensor] = lambda tile: tile.stack) -> SubPlan:
-    """All inner products between the rows of `of(tile)`, float64 [row, row]. Passes: one."""
+def gram(tasks: int) -> SubPlan:
+    """All inner products between the deltas, float64 [task, task]. Passes: one."""
 
+    @formula("gram", shape=(tasks, tasks))
     def products(tile: Tile) -> Tensor:
-        rows = of(tile).double()
+        rows = tile.stack.double()
         return rows @ rows.T
 
     return (yield from sums(products))

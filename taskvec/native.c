@@ -38,8 +38,9 @@ int tv_read(int count, const int *fds, const int64_t *offsets, const int64_t *si
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };       /* dtypes */
 enum { AS_IS = 0, LESS_BASE = 1, PLUS_BASE = 2 };      /* what becomes of a row before it is a delta (or a weight) */
 enum { TRIM = 0, BAND = 1, DROP = 2 };                 /* steps of preprocessing */
-enum { WEIGHTED_SUM = 0, TIES_MEAN = 1, TIES_SUM = 2 };/* ways to combine */
-enum { MAGNITUDE = 0, VALUE = 1 };                     /* of what order statistics are taken */
+enum { WEIGHTED_SUM = 0, TIES_MEAN = 1, TIES_SUM = 2, PCB = 3, SCE = 4 }; /* ways to combine */
+enum { MAGNITUDE = 0, VALUE = 1, PCB_SCORE = 2, VARIANCE = 3 };            /* of what order statistics are taken */
+enum { PRODUCTS = 0, ENERGIES = 1 };                   /* sums over chunks */
 
 #define MOST_TASKS 64
 #define BLOCK 1024   /* elements that go through all steps at a time */
@@ -55,6 +56,13 @@ typedef struct {
     const int32_t *relations;
     const void *base; /* NULL: none */
 } tv_tile;
+
+/* Of what order statistics are taken; `low` and `high` are the ends of PCB's clip for each task. */
+typedef struct {
+    int32_t what;
+    const float *low;
+    const float *high;
+} tv_values;
 
 /* One step of preprocessing: for each task its numbers. */
 typedef struct {
@@ -77,6 +85,9 @@ typedef struct {
     float divisor, factor, scale;
     int32_t multiplied; /* by `factor`, before `scale` */
     uint32_t position;  /* of the tile's first element in its tensor, for the draws */
+    float least;        /* SCE: the least variance that is kept */
+    const int32_t *keeps; /* PCB, for each task: whether it takes part, the ends of its clip, threshold and largest score */
+    const float *low, *high, *cut, *top;
 } tv_merge_plan;
 
 #define AVX512 0
@@ -115,11 +126,22 @@ int tv_load(int level, const tv_tile *tile, float *stack, int64_t stride, float 
     return CHOOSE(level, load)(tile, stack, stride, base, squares);
 }
 
-/* Counts against brackets [task, wanted]: below, at the low end, at the high end [task, wanted, 3]; what lies inside goes
-   to `inside` [task, wanted, room] and its number to `held`. Returns 1 where the base is not finite. */
-int tv_count(int level, const tv_tile *tile, int what, int wanted, const float *low, const float *high,
+/* Counts against brackets [row, wanted]: below, at the low end, at the high end [row, wanted, 3]; what lies inside goes
+   to `inside` [row, wanted, room] and its number to `held`. Returns 1 where the base is not finite. */
+int tv_count(int level, const tv_tile *tile, const tv_values *what, int wanted, const float *low, const float *high,
              int64_t *counts, float *inside, int64_t room, int64_t *held, double *squares) {
     return CHOOSE(level, count)(tile, what, wanted, low, high, counts, inside, room, held, squares);
+}
+
+/* The values of which order statistics are taken, [row, count]. */
+void tv_list(int level, const tv_tile *tile, const tv_values *what, float *out) {
+    CHOOSE(level, list)(tile, what, out);
+}
+
+/* Inner products of the rows, the lower triangle of [chunk, task, task]; or the energies of what is selected,
+   [chunk, task]. Returns 1 where the base is not finite. */
+int tv_gram(int level, const tv_tile *tile, int what, float least, double *products, double *squares) {
+    return CHOOSE(level, gram)(tile, what, least, products, squares);
 }
 
 /* The merged values in the output's dtype. Returns 1: the base is not finite; 2: a result is not, in that dtype. */

@@ -67,7 +67,17 @@ class _Plan(ctypes.Structure):
         ("scale", c_float),
         ("multiplied", c_int32),
         ("position", c_uint32),
+        ("least", c_float),
+        ("keeps", POINTER(c_int32)),
+        ("low", POINTER(c_float)),
+        ("high", POINTER(c_float)),
+        ("cut", POINTER(c_float)),
+        ("top", POINTER(c_float)),
     ]
+
+
+class _Values(ctypes.Structure):
+    _fields_ = [("what", c_int32), ("low", POINTER(c_float)), ("high", POINTER(c_float))]
 
 
 @dataclass(slots=True)
@@ -132,17 +142,46 @@ class Step:
 class Combination:
     """How rows become one: steps, then the combination, then what it is divided by and multiplied with.
 
-    One thread uses it at a time: the compiled form is kept in it and moved on from tile to tile.
+    "sce" takes the least variance that is kept as `least`, "pcb" for each task whether it takes part (`keeps`), the ends of
+    its clip, its threshold and its largest score. One thread uses it at a time: the compiled form is kept in it and moved
+    on from tile to tile.
     """
 
-    combine: Literal["weighted sum", "ties mean", "ties sum"]
+    combine: Literal["weighted sum", "ties mean", "ties sum", "pcb", "sce"]
     weights: Sequence[float]
     steps: Sequence[Step] = ()
     divisor: float | None = None
     factor: float | None = None
     scale: float | None = None
     onto_base: bool = False
+    least: float = 0.0
+    keeps: Sequence[bool] = ()
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+    cut: Sequence[float] = ()
+    top: Sequence[float] = ()
     _kept: list[Any] = field(default_factory=list, repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """Of what order statistics are taken: magnitudes, values as they are, PCB's scores, the variance over the tasks.
+
+    Attributes:
+        low, high: the ends of PCB's clip for each task.
+    """
+
+    what: Literal["magnitude", "value", "pcb score", "variance"]
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+
+    def rows(self, tasks: int) -> int:
+        """How many rows there are."""
+        return 1 if self.what == "variance" else tasks
+
+    def _struct(self) -> _Values:
+        kind = ("magnitude", "value", "pcb score", "variance").index(self.what)
+        return _Values(kind, _floats(self.low), _floats(self.high))
 
 
 @cache
@@ -161,8 +200,11 @@ def _library() -> Any:
         return None
     library.tv_load.argtypes = [c_int, POINTER(_Tile), c_void_p, c_int64, c_void_p, c_void_p]
     library.tv_count.argtypes = [
-        c_int, POINTER(_Tile), c_int, c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p,
+        c_int, POINTER(_Tile), POINTER(_Values), c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p,
+        c_void_p,
     ]  # fmt: skip
+    library.tv_list.argtypes = [c_int, POINTER(_Tile), POINTER(_Values), c_void_p]
+    library.tv_gram.argtypes = [c_int, POINTER(_Tile), c_int, c_float, c_void_p, c_void_p]
     library.tv_merge.argtypes = [c_int, POINTER(_Tile), POINTER(_Plan), c_void_p, c_void_p]
     library.tv_read.argtypes = [c_int, c_void_p, c_void_p, c_void_p, c_void_p, POINTER(c_int)]
     return library, int(library.tv_level())
@@ -222,7 +264,7 @@ def load(stored: Stored, stack: Tensor, base: Tensor | None, squares: "np.ndarra
 
 @dataclass(slots=True)
 class Counted:
-    """What `count` found: [task, wanted, (below, at low, at high)], and the values strictly inside each bracket."""
+    """What `count` found: [row, wanted, (below, at low, at high)], and the values strictly inside each bracket."""
 
     counts: "np.ndarray[Any, Any]"
     inside: "list[list[np.ndarray[Any, Any]]]"
@@ -231,28 +273,68 @@ class Counted:
 
 def count(
     stored: Stored,
-    what: Literal["magnitude", "value"],
+    values: Values,
     low: "np.ndarray[Any, Any]",
     high: "np.ndarray[Any, Any]",
     squares: "np.ndarray[Any, Any] | None" = None,
 ) -> Counted:
-    """Counts the rows' values (or magnitudes) against brackets, float32 [task, wanted].
+    """Counts values against brackets, float32 [row, wanted].
 
     Eager twin: `taskvec.order`.
     """
     library, level = _library()
-    tile = _tile(stored)
-    tasks, wanted = low.shape
-    counts = np.zeros((tasks, wanted, 3), np.int64)
-    held = np.zeros((tasks, wanted), np.int64)
+    tile, what = _tile(stored), values._struct()
+    rows, wanted = low.shape
+    counts = np.zeros((rows, wanted, 3), np.int64)
+    held = np.zeros((rows, wanted), np.int64)
     room = stored.count + 16  # a vector is stored whole behind what was kept so far
-    inside = np.empty((tasks, wanted, room), np.float32)
+    inside = np.empty((rows, wanted, room), np.float32)
     bad = library.tv_count(
-        level, ctypes.byref(tile), 0 if what == "magnitude" else 1, wanted, low.ctypes.data, high.ctypes.data,
+        level, ctypes.byref(tile), ctypes.byref(what), wanted, low.ctypes.data, high.ctypes.data,
         counts.ctypes.data, inside.ctypes.data, room, held.ctypes.data, None if squares is None else squares.ctypes.data,
     )  # fmt: skip
-    kept = [[inside[t, k, : held[t, k]].copy() for k in range(wanted)] for t in range(tasks)]
+    kept = [[inside[t, k, : held[t, k]].copy() for k in range(wanted)] for t in range(rows)]
     return Counted(counts, kept, not bad)
+
+
+def listed(stored: Stored, values: Values) -> Tensor:
+    """The values themselves, float32 [row, n]."""
+    library, level = _library()
+    tile, what = _tile(stored), values._struct()
+    out = torch.empty(values.rows(len(stored.rows)), stored.count)
+    library.tv_list(level, ctypes.byref(tile), ctypes.byref(what), out.data_ptr())
+    return out
+
+
+def gram(stored: Stored, squares: "np.ndarray[Any, Any] | None" = None) -> "tuple[np.ndarray[Any, Any], bool]":
+    """Inner products of the rows, chunk by chunk: float64 [chunk, task, task]; and whether the base is finite.
+
+    Eager twin: `taskvec.moments.gram`, to the last bits of double precision.
+    """
+    library, level = _library()
+    tile, tasks = _tile(stored), len(stored.rows)
+    products = np.zeros((-(-stored.count // CHUNK), tasks, tasks))
+    bad = library.tv_gram(
+        level, ctypes.byref(tile), 0, 0.0, products.ctypes.data, None if squares is None else squares.ctypes.data
+    )
+    lower = np.tril(products, -1)
+    return products + lower.transpose(0, 2, 1), not bad
+
+
+def energies(
+    stored: Stored, least: float, squares: "np.ndarray[Any, Any] | None" = None
+) -> "tuple[np.ndarray[Any, Any], bool]":
+    """Sums of squares of the entries whose variance over the tasks is at least `least`: float64 [chunk, task].
+
+    Eager twin: in `merging.methods.sce`, to the last bits of double precision.
+    """
+    library, level = _library()
+    tile = _tile(stored)
+    sums = np.zeros((-(-stored.count // CHUNK), len(stored.rows)))
+    bad = library.tv_gram(
+        level, ctypes.byref(tile), 1, least, sums.ctypes.data, None if squares is None else squares.ctypes.data
+    )
+    return sums, not bad
 
 
 def merge(
@@ -305,11 +387,13 @@ def _plan(how: Combination, stored: Stored, out: Tensor) -> Any:
             _floats(step.factor), (c_uint32 * len(step.add))(*step.add), (c_uint32 * len(step.multiply))(*step.multiply),
             (c_uint64 * len(step.limit))(*step.limit),
         )  # fmt: skip
-    combine = ("weighted sum", "ties mean", "ties sum").index(how.combine)
+    combine = ("weighted sum", "ties mean", "ties sum", "pcb", "sce").index(how.combine)
     plan = _Plan(
         combine, len(how.steps), steps, _floats(how.weights), how.divisor is not None, how.scale is not None,
         how.onto_base, _KINDS[out.dtype], how.divisor or 0.0, how.factor or 0.0, how.scale or 0.0,
-        how.factor is not None, stored.start & 0xFFFFFFFF,
+        how.factor is not None, stored.start & 0xFFFFFFFF, how.least,
+        (c_int32 * len(how.keeps))(*map(int, how.keeps)), _floats(how.low), _floats(how.high), _floats(how.cut),
+        _floats(how.top),
     )  # fmt: skip
     how._kept[:] = [plan, out.dtype]
     return plan

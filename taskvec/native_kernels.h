@@ -146,29 +146,198 @@ static inline void NAME(count_one)(const float *restrict values, int count, floa
     *held = kept;
 }
 
-static int NAME(count)(const tv_tile *tile, int what, int wanted, const float *low, const float *high, int64_t *counts,
-                       float *inside, int64_t room, int64_t *held, double *squares) {
+/* e^x for 0 <= x < 88: Cody and Waite's reduction and a polynomial, within 1 unit in the last place. */
+static inline float NAME(exponential)(float x) {
+    float k = x * 1.44269504088896341f + 12582912.0f; /* rounds to the nearest integer */
+    int32_t bits;
+    memcpy(&bits, &k, 4);
+    k -= 12582912.0f;
+    float r = __builtin_fmaf(k, -0.693145751953125f, x);
+    r = __builtin_fmaf(k, -1.42860682030941723212e-6f, r);
+    float p = 1.9875691500e-4f;
+    p = __builtin_fmaf(p, r, 1.3981999507e-3f);
+    p = __builtin_fmaf(p, r, 8.3334519073e-3f);
+    p = __builtin_fmaf(p, r, 4.1665795894e-2f);
+    p = __builtin_fmaf(p, r, 1.6666665459e-1f);
+    p = __builtin_fmaf(p, r, 5.0000001201e-1f);
+    float y = __builtin_fmaf(p, r * r, r) + 1.0f;
+    int32_t scale = (int32_t)((uint32_t)bits << 23) + 0x3f800000;
+    float power;
+    memcpy(&power, &scale, 4);
+    return y * power;
+}
+
+/* tanh x: an odd polynomial near 0, 1 - 2 / (e^2|x| + 1) elsewhere, within 2 units in the last place. */
+static inline float NAME(tangent)(float x) {
+    float size = __builtin_fabsf(x);
+    float large = size < 9.1f ? size : 9.1f;
+    float far = 1.0f - 2.0f / (NAME(exponential)(2.0f * large) + 1.0f);
+    float z = x * x;
+    float p = -5.70498872745e-3f;
+    p = __builtin_fmaf(p, z, 2.06390887954e-2f);
+    p = __builtin_fmaf(p, z, -5.37397155531e-2f);
+    p = __builtin_fmaf(p, z, 1.33314422036e-1f);
+    p = __builtin_fmaf(p, z, -3.33332819422e-1f);
+    float near = __builtin_fmaf(p * z, x, x);
+    float signed_far = x < 0 ? -far : far;
+    return size < 0.625f ? near : signed_far;
+}
+
+/* PCB's scores of one task: how large an entry is within its task, times how the tasks agree on it. */
+static inline void NAME(pcb_score)(const float *restrict values, const float *restrict total, int count, int tasks,
+                                   float low, float high, float *restrict score) {
+    const float span = high - low, many = (float)tasks;
+    if (span == 0) {
+        for (int i = 0; i < count; i++) score[i] = NAME(tangent)(values[i] * total[i]);
+        return;
+    }
+    for (int i = 0; i < count; i++) {
+        float size = __builtin_fabsf(values[i]);
+        size = size < low ? low : size;
+        size = size > high ? high : size;
+        float u = (size - low) / span;
+        score[i] = NAME(exponential)(many * (u * u)) * NAME(tangent)(values[i] * total[i]);
+    }
+}
+
+/* The variance over the tasks of each entry. */
+static inline void NAME(variance)(float (*rows)[BLOCK], int tasks, int count, float *restrict mean,
+                                  float *restrict result) {
+    const float many = (float)tasks;
+    memcpy(mean, rows[0], (size_t)count * sizeof(float));
+    for (int task = 1; task < tasks; task++)
+        for (int i = 0; i < count; i++) mean[i] += rows[task][i];
+    for (int i = 0; i < count; i++) {
+        mean[i] /= many;
+        result[i] = 0;
+    }
+    for (int task = 0; task < tasks; task++)
+        for (int i = 0; i < count; i++) {
+            float off = rows[task][i] - mean[i];
+            result[i] += off * off;
+        }
+    for (int i = 0; i < count; i++) result[i] /= many;
+}
+
+/* All rows of one block, and their squares. */
+static inline int NAME(block)(const tv_tile *tile, int64_t at, int count, float *base, float (*rows)[BLOCK],
+                              double *squares) {
     int64_t chunks = (tile->count + CHUNK - 1) / CHUNK;
-    float base[BLOCK], values[BLOCK];
+    int bad = 0;
+    if (tile->base) {
+        NAME(widen)(tile->base, tile->base_kind, at, count, base);
+        if (squares) bad = !NAME(all_finite)(base, count);
+    }
+    for (int task = 0; task < tile->tasks; task++) {
+        NAME(row)(tile, task, at, count, base, rows[task]);
+        if (squares) squares[task * chunks + at / CHUNK] += NAME(squares)(rows[task], count);
+    }
+    return bad;
+}
+
+/* What order statistics are taken of, for one block; in place where each row gives one. Returns how many rows there are. */
+static inline int NAME(values)(const tv_values *what, int tasks, int count, float (*rows)[BLOCK], float *total) {
+    float score[BLOCK];
+    if (what->what == MAGNITUDE) {
+        for (int task = 0; task < tasks; task++) {
+            uint32_t *bits = (uint32_t *)rows[task];
+            for (int i = 0; i < count; i++) bits[i] &= 0x7fffffffu;
+        }
+    } else if (what->what == PCB_SCORE) {
+        memcpy(total, rows[0], (size_t)count * sizeof(float));
+        for (int task = 1; task < tasks; task++)
+            for (int i = 0; i < count; i++) total[i] += rows[task][i];
+        for (int task = 0; task < tasks; task++) {
+            NAME(pcb_score)(rows[task], total, count, tasks, what->low[task], what->high[task], score);
+            memcpy(rows[task], score, (size_t)count * sizeof(float));
+        }
+    } else if (what->what == VARIANCE) {
+        NAME(variance)(rows, tasks, count, total, score);
+        memcpy(rows[0], score, (size_t)count * sizeof(float));
+        return 1;
+    }
+    return tasks;
+}
+
+static int NAME(count)(const tv_tile *tile, const tv_values *what, int wanted, const float *low, const float *high,
+                       int64_t *counts, float *inside, int64_t room, int64_t *held, double *squares) {
+    float base[BLOCK], total[BLOCK], rows[MOST_TASKS][BLOCK]; /* only those of this merge's tasks are touched */
     int bad = 0;
     for (int64_t at = 0; at < tile->count; at += BLOCK) {
         int count = (int)(tile->count - at < BLOCK ? tile->count - at : BLOCK);
-        if (tile->base) {
-            NAME(widen)(tile->base, tile->base_kind, at, count, base);
-            if (squares) bad |= !NAME(all_finite)(base, count);
-        }
-        for (int task = 0; task < tile->tasks; task++) {
-            NAME(row)(tile, task, at, count, base, values);
-            if (squares) squares[task * chunks + at / CHUNK] += NAME(squares)(values, count);
-            if (what == MAGNITUDE) {
-                uint32_t *bits = (uint32_t *)values;
-                for (int i = 0; i < count; i++) bits[i] &= 0x7fffffffu;
-            }
+        bad |= NAME(block)(tile, at, count, base, rows, squares);
+        int kept = NAME(values)(what, tile->tasks, count, rows, total);
+        for (int row = 0; row < kept; row++)
             for (int k = 0; k < wanted; k++) {
-                int64_t place = (int64_t)task * wanted + k;
-                NAME(count_one)(values, count, low[place], high[place], counts + 3 * place, inside + place * room,
+                int64_t place = (int64_t)row * wanted + k;
+                NAME(count_one)(rows[row], count, low[place], high[place], counts + 3 * place, inside + place * room,
                                 held + place);
             }
+    }
+    return bad;
+}
+
+static void NAME(list)(const tv_tile *tile, const tv_values *what, float *out) {
+    float base[BLOCK], total[BLOCK], rows[MOST_TASKS][BLOCK];
+    for (int64_t at = 0; at < tile->count; at += BLOCK) {
+        int count = (int)(tile->count - at < BLOCK ? tile->count - at : BLOCK);
+        NAME(block)(tile, at, count, base, rows, 0);
+        int kept = NAME(values)(what, tile->tasks, count, rows, total);
+        for (int row = 0; row < kept; row++)
+            memcpy(out + row * tile->count + at, rows[row], (size_t)count * sizeof(float));
+    }
+}
+
+/* Entries whose variance is below `least` are taken out of all rows. */
+static inline void NAME(select)(float (*rows)[BLOCK], int tasks, int count, float least, float *mean, float *kept) {
+    NAME(variance)(rows, tasks, count, mean, kept);
+    for (int i = 0; i < count; i++) kept[i] = kept[i] >= least ? 1.0f : 0.0f;
+    for (int task = 0; task < tasks; task++)
+        for (int i = 0; i < count; i++) rows[task][i] *= kept[i];
+}
+
+static inline double NAME(dot)(const float *restrict a, const float *restrict b, int count) {
+    double lane[16] = {0}, total = 0;
+    int i = 0;
+#if AVX512
+    __m512d one = _mm512_setzero_pd(), two = one;
+    for (; i + 16 <= count; i += 16) {
+        one = _mm512_fmadd_pd(_mm512_cvtps_pd(_mm256_loadu_ps(a + i)), _mm512_cvtps_pd(_mm256_loadu_ps(b + i)), one);
+        two = _mm512_fmadd_pd(_mm512_cvtps_pd(_mm256_loadu_ps(a + i + 8)),
+                              _mm512_cvtps_pd(_mm256_loadu_ps(b + i + 8)), two);
+    }
+    _mm512_storeu_pd(lane, one), _mm512_storeu_pd(lane + 8, two);
+#else
+    __m256d one = _mm256_setzero_pd(), two = one, three = one, four = one;
+    for (; i + 16 <= count; i += 16) {
+        one = _mm256_fmadd_pd(_mm256_cvtps_pd(_mm_loadu_ps(a + i)), _mm256_cvtps_pd(_mm_loadu_ps(b + i)), one);
+        two = _mm256_fmadd_pd(_mm256_cvtps_pd(_mm_loadu_ps(a + i + 4)), _mm256_cvtps_pd(_mm_loadu_ps(b + i + 4)), two);
+        three = _mm256_fmadd_pd(_mm256_cvtps_pd(_mm_loadu_ps(a + i + 8)), _mm256_cvtps_pd(_mm_loadu_ps(b + i + 8)), three);
+        four = _mm256_fmadd_pd(_mm256_cvtps_pd(_mm_loadu_ps(a + i + 12)), _mm256_cvtps_pd(_mm_loadu_ps(b + i + 12)), four);
+    }
+    _mm256_storeu_pd(lane, one), _mm256_storeu_pd(lane + 4, two);
+    _mm256_storeu_pd(lane + 8, three), _mm256_storeu_pd(lane + 12, four);
+#endif
+    for (int j = 0; j < 16; j++) total += lane[j];
+    for (; i < count; i++) total += (double)a[i] * b[i];
+    return total;
+}
+
+static int NAME(gram)(const tv_tile *tile, int what, float least, double *products, double *squares) {
+    float base[BLOCK], total[BLOCK], kept[BLOCK], rows[MOST_TASKS][BLOCK];
+    const int tasks = tile->tasks;
+    int bad = 0;
+    for (int64_t at = 0; at < tile->count; at += BLOCK) {
+        int count = (int)(tile->count - at < BLOCK ? tile->count - at : BLOCK);
+        bad |= NAME(block)(tile, at, count, base, rows, squares);
+        if (what == ENERGIES) {
+            if (least != 0) NAME(select)(rows, tasks, count, least, total, kept);
+            double *to = products + at / CHUNK * tasks;
+            for (int a = 0; a < tasks; a++) to[a] += NAME(dot)(rows[a], rows[a], count);
+        } else {
+            double *to = products + at / CHUNK * tasks * tasks;
+            for (int a = 0; a < tasks; a++)
+                for (int b = 0; b <= a; b++) to[a * tasks + b] += NAME(dot)(rows[a], rows[b], count);
         }
     }
     return bad;
@@ -247,11 +416,85 @@ static inline int NAME(narrow)(const float *restrict from, int count, int kind, 
     return largest < 0x7c00u;
 }
 
+/* TIES: the sign of the weighted sum is elected, and the tasks that have it are averaged. */
+static inline void NAME(ties)(const tv_merge_plan *plan, int tasks, int count, float (*rows)[BLOCK], float *restrict total,
+                              float *restrict sign, float *restrict below) {
+    for (int i = 0; i < count; i++) {
+        sign[i] = total[i] >= 0 ? 1.0f : -1.0f;
+        total[i] = 0;
+        below[i] = 0;
+    }
+    for (int task = 0; task < tasks; task++) {
+        const float *restrict values = rows[task];
+        const float weight = plan->weights[task];
+        for (int i = 0; i < count; i++) {
+            float agreeing = values[i] * sign[i];
+            agreeing = agreeing > 0 ? agreeing : 0.0f;
+            total[i] = __builtin_fmaf(agreeing, weight, total[i]);
+            below[i] += agreeing > 0 ? weight : 0.0f;
+        }
+    }
+    for (int i = 0; i < count; i++) total[i] *= sign[i];
+    if (plan->combine == TIES_MEAN)
+        for (int i = 0; i < count; i++) total[i] /= below[i] == 0 ? 1.0f : below[i];
+}
+
+/* SCE: signs by the plain sum, tasks weighed by their energies. `weights` hold weight times share. */
+static inline void NAME(sce)(const tv_merge_plan *plan, int tasks, int count, float (*rows)[BLOCK], float *restrict total,
+                             float *restrict sign, float *restrict below) {
+    if (plan->least != 0) NAME(select)(rows, tasks, count, plan->least, sign, below);
+    memcpy(sign, rows[0], (size_t)count * sizeof(float));
+    for (int task = 1; task < tasks; task++)
+        for (int i = 0; i < count; i++) sign[i] += rows[task][i];
+    for (int i = 0; i < count; i++) {
+        sign[i] = sign[i] >= 0 ? 1.0f : -1.0f;
+        total[i] = 0;
+        below[i] = 0;
+    }
+    for (int task = 0; task < tasks; task++) {
+        const float *restrict values = rows[task];
+        const float weight = plan->weights[task];
+        for (int i = 0; i < count; i++) {
+            float share = values[i] * sign[i] > 0 ? weight : 0.0f;
+            total[i] = __builtin_fmaf(values[i], share, total[i]);
+            below[i] += share;
+        }
+    }
+    for (int i = 0; i < count; i++) total[i] /= below[i] == 0 ? 1.0f : below[i];
+}
+
+/* PCB: the mean of the clipped entries, weighted by their rescaled scores. */
+static inline void NAME(pcb)(const tv_merge_plan *plan, int tasks, int count, float (*rows)[BLOCK], float *restrict total,
+                             float *restrict score, float *restrict below) {
+    float sum[BLOCK];
+    memcpy(sum, rows[0], (size_t)count * sizeof(float));
+    for (int task = 1; task < tasks; task++)
+        for (int i = 0; i < count; i++) sum[i] += rows[task][i];
+    for (int i = 0; i < count; i++) total[i] = below[i] = 0;
+    for (int task = 0; task < tasks; task++) {
+        if (!plan->keeps[task]) continue;
+        const float low = plan->low[task], high = plan->high[task], cut = plan->cut[task];
+        const float span = plan->top[task] - cut, weight = plan->weights[task];
+        const float *restrict values = rows[task];
+        NAME(pcb_score)(values, sum, count, tasks, low, high, score);
+        for (int i = 0; i < count; i++) {
+            float share = ((score[i] > cut ? score[i] : cut) - cut) / span;
+            float size = __builtin_fabsf(values[i]);
+            size = size < low ? low : size;
+            size = size > high ? high : size;
+            float part = size * (values[i] > 0 ? 1.0f : values[i] < 0 ? -1.0f : 0.0f) * share;
+            total[i] = __builtin_fmaf(part, weight, total[i]);
+            below[i] += share;
+        }
+    }
+    for (int i = 0; i < count; i++) total[i] /= below[i] > 1e-12f ? below[i] : 1e-12f;
+}
+
 static int NAME(merge)(const tv_tile *tile, const tv_merge_plan *plan, void *out, double *squares) {
     int64_t chunks = (tile->count + CHUNK - 1) / CHUNK;
     float base[BLOCK], total[BLOCK], sign[BLOCK], below[BLOCK];
     float rows[MOST_TASKS][BLOCK]; /* only those of this merge's tasks are touched */
-    const int ties = plan->combine != WEIGHTED_SUM, mean = plan->combine == TIES_MEAN;
+    const int sum = plan->combine == WEIGHTED_SUM;
     int bad = 0;
     for (int64_t at = 0; at < tile->count; at += BLOCK) {
         int count = (int)(tile->count - at < BLOCK ? tile->count - at : BLOCK);
@@ -260,36 +503,23 @@ static int NAME(merge)(const tv_tile *tile, const tv_merge_plan *plan, void *out
             if (squares) bad |= !NAME(all_finite)(base, count);
         }
         for (int task = 0; task < tile->tasks; task++) {
-            float *restrict values = rows[ties ? task : 0];
+            float *restrict values = rows[sum ? 0 : task];
             const float weight = plan->weights[task];
             NAME(row)(tile, task, at, count, base, values);
             if (squares) squares[task * chunks + at / CHUNK] += NAME(squares)(values, count);
             NAME(prepare)(plan, task, plan->position + (uint32_t)at, values, count);
+            if (plan->combine == PCB || plan->combine == SCE) continue;
             if (task == 0)
                 for (int i = 0; i < count; i++) total[i] = values[i] * weight;
             else
                 for (int i = 0; i < count; i++) total[i] = __builtin_fmaf(values[i], weight, total[i]);
         }
-        if (ties) {
-            for (int i = 0; i < count; i++) {
-                sign[i] = total[i] >= 0 ? 1.0f : -1.0f;
-                total[i] = 0;
-                below[i] = 0;
-            }
-            for (int task = 0; task < tile->tasks; task++) {
-                const float *restrict values = rows[task];
-                const float weight = plan->weights[task];
-                for (int i = 0; i < count; i++) {
-                    float agreeing = values[i] * sign[i];
-                    agreeing = agreeing > 0 ? agreeing : 0.0f;
-                    total[i] = __builtin_fmaf(agreeing, weight, total[i]);
-                    below[i] += agreeing > 0 ? weight : 0.0f;
-                }
-            }
-            for (int i = 0; i < count; i++) total[i] *= sign[i];
-            if (mean)
-                for (int i = 0; i < count; i++) total[i] /= below[i] == 0 ? 1.0f : below[i];
-        }
+        if (plan->combine == PCB)
+            NAME(pcb)(plan, tile->tasks, count, rows, total, sign, below);
+        else if (plan->combine == SCE)
+            NAME(sce)(plan, tile->tasks, count, rows, total, sign, below);
+        else if (!sum)
+            NAME(ties)(plan, tile->tasks, count, rows, total, sign, below);
         if (plan->divided)
             for (int i = 0; i < count; i++) total[i] /= plan->divisor;
         if (plan->multiplied)

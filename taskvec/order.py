@@ -69,8 +69,8 @@ def order_statistics(of: Callable[[Tile], Tensor], ranks: Sequence[Sequence[int]
     def count(tile: Tile) -> list[list[_Count]]:
         return _count(of(tile), brackets)
 
-    if told is not None and told.name == "magnitude":
-        count = formula("counts of magnitudes", brackets=brackets)(count)
+    if told is not None:
+        count = formula("counts", of=told, brackets=brackets)(count)
     counts = yield Fold(count, _joined)
     found: list[list[OrderStatistic | None]] = [
         [count.resolve(rank, numel) for count, rank in zip(row, wanted)] for row, wanted in zip(counts, ranks)
@@ -186,12 +186,8 @@ def _count(values: Tensor, brackets: Sequence[Sequence[_Bracket]]) -> list[list[
         return _count_there(values.detach(), brackets)
     flat = values.detach().reshape(len(values), -1)
     if flat.dtype == torch.float32 and native.usable() and len(flat) <= native.MOST_TASKS and flat.shape[1]:
-        low, high = (
-            np.array([[getattr(bracket, end) for bracket in row] for row in brackets], np.float32)
-            for end in ("low", "high")
-        )
         stored = Stored("", 0, flat.shape[1], [row.contiguous() for row in flat], [native.AS_IS] * len(flat), None)
-        return _of_native(native.count(stored, "value", low, high), brackets)
+        return _of_native(native.count(stored, native.Values("value"), *_ends(brackets)), brackets)
     rows = flat.numpy()
     result = []
     for row, wanted in zip(rows, brackets):
@@ -215,15 +211,16 @@ def _count(values: Tensor, brackets: Sequence[Sequence[_Bracket]]) -> list[list[
 
 
 def counted(
-    stored: Stored, brackets: Sequence[Sequence[_Bracket]], squares: Any = None
+    stored: Stored, values: native.Values, brackets: Sequence[Sequence[_Bracket]], squares: Any = None
 ) -> tuple[list[list[_Count]], bool]:
-    """Counts of the magnitudes of a tile as it is stored, and whether its base is finite (looked at with `squares`)."""
-    low, high = (
-        np.array([[getattr(bracket, end) for bracket in row] for row in brackets], np.float32)
-        for end in ("low", "high")
-    )
-    found = native.count(stored, "magnitude", low, high, squares)
+    """Counts of a tile as it is stored, and whether its base is finite (looked at with `squares`)."""
+    found = native.count(stored, values, *_ends(brackets), squares=squares)
     return _of_native(found, brackets), found.base_finite
+
+
+def _ends(brackets: Sequence[Sequence[_Bracket]]) -> "tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]":
+    table = np.array([[(bracket.low, bracket.high) for bracket in row] for row in brackets], np.float32)
+    return table[..., 0].copy(), table[..., 1].copy()
 
 
 def _of_native(found: native.Counted, brackets: Sequence[Sequence[_Bracket]]) -> list[list[_Count]]:

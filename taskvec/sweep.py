@@ -225,9 +225,12 @@ class _Sweep:
 
     def run(self) -> Outcome:
         if self.scope == "model":
+            plans = [stage.start(self.deltas) for stage in self.stages]
+            if self._passed(plans):
+                return self._finished()
             self._upload()
-            for stage in self.stages:
-                self._chain.append((stage, self._plan(stage)))
+            for stage, plan in zip(self.stages, plans):
+                self._chain.append((stage, self._plan(stage, plan)))
             if not self._merged_fused() and not self._merged_compiled():
                 self._pass(self._finish_tile, "merging")
             self._late_reports()
@@ -238,11 +241,13 @@ class _Sweep:
                 self._one_tensor,
                 "merging",
             )
+        return self._finished()
+
+    def _finished(self) -> Outcome:
         self.outcome.norms = [rounded_sum(total) ** 0.5 for total in self._squares]
         return self.outcome
 
-    def _plan(self, stage: Stage) -> Kernel:
-        plan = stage.start(self.deltas)
+    def _plan(self, stage: Stage, plan: Plan | Kernel) -> Kernel:
         if not isinstance(plan, Iterator):
             return plan
         answer: Any = None
@@ -304,20 +309,21 @@ class _Sweep:
         """Keeps the inputs on the GPU while the merge lasts, where they fit; else tiles go there one by one."""
         if self.options.device == "cpu" or self.resident or self.whole:
             return
-        from taskvec.upload import Uploaded
+        from taskvec.upload import Uploaded, readers
 
         device = torch.device(self.options.device)
         if not Uploaded.fits(self.deltas, device):
             return
         assert isinstance(self.deltas, ModelDeltas)
-        there = Uploaded(self.deltas, device)
+        self.workers = readers(self.workers)
+        there = Uploaded(self.deltas, device, self.workers)
 
         def item(name: str, start: int, stop: int) -> None:
             watch = _Watch(self, name, start // SEGMENT)
             there.load(name, start, stop, watch)
             watch.close()
 
-        self._parallel(self._items(), item, "reading")
+        self._parallel(self._segments(), item, "reading")
         there.settle()
         self.deltas, self.resident, self._uploaded = there, True, there
         self._fused, self._keep_budget = _uploaded_on_gpu(there), 0
@@ -371,20 +377,78 @@ class _Sweep:
             if bad:
                 raise NonFiniteError(name, f"the result of {self.stages[-1].name}", bad)
         torch.cuda.synchronize(there.device)
-        size = there.piece
-        items = [
-            (name, start, min(start + size, info.numel))
-            for name, info in there.infos.items()
-            for start in range(0, max(info.numel, 1), size)
-        ]
 
         def item(name: str, start: int, stop: int) -> None:
-            values = there.download(outs[name][start:stop]) if stop > start else torch.empty(0, dtype=kinds[name])
-            self.sink.take_weights(name, start, values)  # type: ignore[attr-defined]
+            if start == stop:
+                self.sink.take_weights(name, start, torch.empty(0, dtype=kinds[name]))  # type: ignore[attr-defined]
+                return
+            with there.ring() as ring:
+                for begin, values in there.pieces(ring, outs[name][start:stop]):
+                    self.sink.take_weights(name, start + begin, values)  # type: ignore[attr-defined]
 
         self.workers = self.readers
-        self._parallel(items, item, "merging")
+        self._parallel(self._segments(), item, "merging")
         return True
+
+    def _passed(self, plans: Sequence[Plan | Kernel]) -> bool:
+        """A merge without statistics on a GPU: segments are read, merged and written all at once; nothing is kept there."""
+        kinds: Mapping[str, torch.dtype] | None = getattr(self.sink, "kinds", None)
+        if self.options.device == "cpu" or self.resident or self.whole or self.skip or kinds is None:
+            return False
+        told = None if any(isinstance(plan, Iterator) for plan in plans) else _chain_formula(plans)  # type: ignore[arg-type]
+        from taskvec.upload import Passing, readers
+
+        device = torch.device(self.options.device)
+        if told is None or not _fusible(len(self.deltas.tasks), self.deltas.numel, device):
+            return False
+        from taskvec import fused
+
+        if told.name not in fused.MERGES or not Passing.fits(self.deltas, device):
+            return False
+        assert isinstance(self.deltas, ModelDeltas)
+        self.workers = readers(self.workers)
+        there, launching = Passing(self.deltas, device, self.workers), threading.Lock()
+        scale = float(told.numbers.get("scale", 1.0))
+        method = self.stages[-1].name
+
+        def item(name: str, start: int, stop: int) -> None:
+            watch = _Watch(self, name, start // SEGMENT)
+            if start == stop:
+                self.deltas.tile(name, start, stop, watch)
+                watch.close()
+                self.sink.take_weights(name, start, torch.empty(0, dtype=kinds[name]))  # type: ignore[attr-defined]
+                return
+            with there.ring() as ring:
+                tuned, base, weights = there.rows(ring, name, start, stop, watch)
+                watch.close()
+                out = torch.empty(stop - start, dtype=kinds[name], device=device)
+                with launching:  # the compiler is not made for several threads
+                    merge = fused.Resident([fused.Entry(name, tuned, base, weights)])
+                    merge.merge(told, {name: out}, scale=scale, onto_base=True)
+                squares = merge.squares
+                assert squares is not None
+                if all(value < math.inf for value in squares):
+                    with self._lock:
+                        for task, value in enumerate(squares):
+                            self._squares[task] += exact(value)
+                else:
+                    self._examine(self.deltas.tile(name, start, stop))
+                if not _is_finite(out):
+                    raise NonFiniteError(name, f"the result of {method}", int((~torch.isfinite(out)).sum()))
+                for begin, values in there.pieces(ring, out):
+                    self.sink.take_weights(name, start + begin, values)  # type: ignore[attr-defined]
+
+        self._parallel(self._segments(), item, "merging")
+        self.outcome.passes += 1
+        return True
+
+    def _segments(self) -> list[tuple[str, int, int]]:
+        """What one worker brings to the GPU or back at once; in these units contents are hashed."""
+        return [
+            (name, start, min(start + SEGMENT, info.numel))
+            for name, info in self.deltas.infos.items()
+            for start in range(0, max(info.numel, 1), SEGMENT)
+        ]
 
     def _after_fused(self) -> None:
         """Counts the pass; the first one also found the norms, and any value that is not a number."""
@@ -826,7 +890,7 @@ class _TensorSweep(_Sweep):
 
     def run(self) -> Outcome:
         for stage in self.stages:
-            self._chain.append((stage, self._plan(stage)))
+            self._chain.append((stage, self._plan(stage, stage.start(self.deltas))))
         if not self._merged_fused() and not self._merged_compiled():
             self._pass(self._finish_tile, "merging")
         self._late_reports()
@@ -924,29 +988,36 @@ def _on_gpu(deltas: Deltas) -> bool:
     return isinstance(deltas, StackDeltas) and deltas.device.type != "cpu"
 
 
+def _fusible(tasks: int, numel: int, device: torch.device) -> bool:
+    """Whether fused passes run there, and are worth it."""
+    try:
+        from taskvec import fused
+    except ImportError:
+        return False
+    return numel >= fused.LEAST and tasks <= fused.MOST_TASKS and fused.usable(device)
+
+
 def _resident_on_gpu(deltas: Deltas) -> Any:
     """Stacks that lie on one GPU, ready for fused passes; None where they do not, or where Triton is missing."""
     assert isinstance(deltas, StackDeltas)
     stacks = deltas.on_gpu()
     if stacks is None:
         return None
-    try:
-        from taskvec import fused
-    except ImportError:
+    if not _fusible(len(deltas.tasks), deltas.numel, deltas.device):
         return None
-    if deltas.numel < fused.LEAST or len(deltas.tasks) > fused.MOST_TASKS or not fused.usable(deltas.device):
-        return None
+    from taskvec import fused
+
     return fused.Resident([fused.Entry(name, rows, None, weights) for name, rows, weights in stacks])
 
 
 def _uploaded_on_gpu(there: Any) -> Any:
     """The same for inputs that were uploaded."""
-    try:
-        from taskvec import fused
-    except ImportError:
+    if not _fusible(len(there.tasks), there.numel, there.device):
         return None
-    rows = there.rows() if len(there.tasks) <= fused.MOST_TASKS else None
-    if rows is None or there.numel < fused.LEAST or not fused.usable(there.device):
+    from taskvec import fused
+
+    rows = there.rows()
+    if rows is None:
         return None
     return fused.Resident([fused.Entry(name, tuned, base, weights) for name, tuned, base, weights in rows])
 

@@ -5,7 +5,7 @@ from torch import Tensor
 from merging.method import Number, merge_method
 from taskvec.deltas import Deltas, Tile
 from taskvec.moments import sums
-from taskvec.plan import Plan, Report
+from taskvec.plan import Plan, Report, formula
 
 
 @merge_method("equalize", paper="arXiv:2505.16148", role="preprocess", passes=2)
@@ -19,7 +19,12 @@ def equalize(deltas: Deltas, *, norm_power: Number = -1.0) -> Plan:
     Norms are the whole model's, or each tensor's with `statistics: tensor`. A task vector of zero stays zero and does
     not count in the mean. Passes: 1 for the norms, 1 to merge.
     """
-    squares = yield from sums(lambda tile: tile.stack.double().square().sum(1))
+
+    @formula("energies", least=0.0, shape=(len(deltas.tasks),))
+    def energies(tile: Tile) -> Tensor:
+        return tile.stack.double().square().sum(1)
+
+    squares = yield from sums(energies)
     norms = squares.sqrt().tolist()
     powers = [norm**norm_power if norm > 0 else 0.0 for norm in norms]
     there = [power for power in powers if power > 0]
@@ -27,6 +32,7 @@ def equalize(deltas: Deltas, *, norm_power: Number = -1.0) -> Plan:
     factors = [power / mean for power in powers]
     yield Report({"norm": dict(zip(deltas.tasks, norms)), "factor": dict(zip(deltas.tasks, factors))})
 
+    @formula("factors", factors=factors)
     def kernel(tile: Tile) -> Tensor:
         stack = tile.stack.clone()
         for row, factor in zip(stack, factors):

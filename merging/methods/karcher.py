@@ -9,7 +9,7 @@ from merging.sphere import Sphere, combination, shares_of
 from taskvec.deltas import Deltas, Tile
 from taskvec.errors import ParameterError
 from taskvec.moments import gram
-from taskvec.plan import Plan, Report
+from taskvec.plan import Plan, Report, formula
 
 
 @merge_method("karcher", paper="arXiv:2603.04972", space="weight", either_space=True, statistics="tensor", passes=2)
@@ -27,7 +27,7 @@ def karcher(deltas: Deltas, *, steps: Count = 10, tolerance: Positive = 1e-5) ->
     Raises:
         ParameterError: the task weights add up to zero.
     """
-    sphere = Sphere((yield from gram()))
+    sphere = Sphere((yield from gram(len(deltas.tasks))))
     warnings: list[str] = []
     yield Report(lambda: {"warnings": sorted(set(warnings))})
 
@@ -48,6 +48,7 @@ def karcher(deltas: Deltas, *, steps: Count = 10, tolerance: Positive = 1e-5) ->
             point = sphere.step(point, tangent)
         return sphere.coefficients(point, float(shares @ sphere.lengths))
 
+    @formula("combination", coefficients=lambda weights: coefficients(tuple(weights)))
     def kernel(tile: Tile) -> Tensor:
         return combination(tile.stack, coefficients(tuple(task_weights(tile, "karcher"))))
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from merging.method import Unweighted, merge_method
 from taskvec.deltas import Deltas, Tile
 from taskvec.moments import gram
-from taskvec.plan import Plan, Report
+from taskvec.plan import Plan, Report, formula
 
 _LEAST = 1e-6  # mergekit's floor of the product of norms and of the denominator
 
@@ -48,7 +48,7 @@ def model_stock(deltas: Deltas, *, by: Literal["tensor", "row"] = "tensor") -> P
 
     share = float("nan")
     if by == "tensor":
-        share = float(ratio((yield from gram())))
+        share = float(ratio((yield from gram(count))))
         yield Report({"share": share})
 
     def kernel(tile: Tile) -> Tensor:
@@ -62,4 +62,4 @@ def model_stock(deltas: Deltas, *, by: Literal["tensor", "row"] = "tensor") -> P
         shares = ratio(products)[:, None]
         return mean.reshape(rows.shape[1:]).double().mul_(shares).to(mean.dtype).reshape(mean.shape)
 
-    return kernel
+    return formula("plain mean", factor=share, seen=weights.given)(kernel) if by == "tensor" else kernel

@@ -10,7 +10,7 @@ from merging.sphere import Sphere, combination, shares_of
 from taskvec.deltas import Deltas, Tile
 from taskvec.errors import ParameterError
 from taskvec.moments import gram
-from taskvec.plan import Plan, Report
+from taskvec.plan import Plan, Report, formula
 
 
 @merge_method(
@@ -34,7 +34,7 @@ def multislerp(deltas: Deltas, *, normalize: bool = True) -> Plan:
     Raises:
         ParameterError: the task weights add up to zero.
     """
-    sphere = Sphere((yield from gram()))
+    sphere = Sphere((yield from gram(len(deltas.tasks))))
     warnings: list[str] = []
     yield Report(lambda: {"warnings": sorted(set(warnings))})
 
@@ -53,6 +53,7 @@ def multislerp(deltas: Deltas, *, normalize: bool = True) -> Plan:
         point = sphere.step(point, sphere.tangent(point, shares, logarithm=False))
         return sphere.coefficients(point, float(shares @ sphere.lengths))
 
+    @formula("combination", coefficients=lambda weights: coefficients(tuple(weights)))
     def kernel(tile: Tile) -> Tensor:
         return combination(tile.stack, coefficients(tuple(task_weights(tile, "multislerp"))))
 

@@ -1,16 +1,17 @@
 """Spherical interpolation of two models by their weights."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from merging.method import merge_method, task_weights
-from merging.sphere import arc
+from merging.sphere import arc, combination
 from taskvec.deltas import Deltas, Tile
 from taskvec.errors import ParameterError
 from taskvec.moments import gram
-from taskvec.plan import Plan
+from taskvec.plan import Plan, formula
 
 
 @merge_method(
@@ -37,21 +38,29 @@ def nuslerp(deltas: Deltas, *, by: Literal["tensor", "row", "column"] = "tensor"
     Raises:
         ParameterError: the two weights add up to zero.
     """
-    products = (yield from gram()) if by == "tensor" else None
+    products = (yield from gram(2)) if by == "tensor" else None
+
+    def position_of(weights: Sequence[float]) -> float:
+        one, two = weights
+        if one + two == 0:
+            raise ParameterError("the two task weights add up to zero; nuslerp needs their ratio")
+        return two / (one + two)
+
+    def coefficients(weights: Sequence[float]) -> list[float]:
+        assert products is not None
+        first, second = arc(products[[0, 0, 1], [0, 1, 1]][:, None], position_of(weights))
+        return [float(first), float(second)]
 
     def kernel(tile: Tile) -> Tensor:
-        one, two = task_weights(tile, "nuslerp")
-        if one + two == 0:
-            raise ParameterError(f"{tile.name}: the two task weights add up to zero; nuslerp needs their ratio")
-        position = two / (one + two)
-        a, b = tile.stack
+        weights = task_weights(tile, "nuslerp")
+        a = tile.stack[0]
         if products is not None:
-            first, second = arc(products[[0, 0, 1], [0, 1, 1]][:, None], position)
-            return (a * float(first)).add_(b, alpha=float(second))
+            return combination(tile.stack, coefficients(weights))
+        position = position_of(weights)
         axis = -1 if by == "row" or a.ndim < 2 else 0
         wide = tile.stack.double()
         inner = torch.stack([(wide[i] * wide[j]).sum(axis, keepdim=True) for i, j in ((0, 0), (0, 1), (1, 1))])
         first, second = arc(inner, position)
         return (wide[0] * first).add_(wide[1] * second).to(a.dtype)
 
-    return kernel
+    return kernel if products is None else formula("combination", coefficients=coefficients)(kernel)

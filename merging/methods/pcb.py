@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from merging.method import Share, merge_method
+from taskvec.compiled import pcb_scores
 from taskvec.deltas import Deltas, Tile
 from taskvec.moments import sums
 from taskvec.order import magnitudes, order_statistics
@@ -77,7 +78,13 @@ def pcb(
             return torch.zeros_like(size)
         return size.sub_(low[task]).div_(high[task] - low[task])
 
+    plain = inter == "sum" and boost == 1.0 and count < _WIDE_FROM
+
     def scores(tile: Tile) -> Tensor:
+        # every pass must see the same bits: the entry at the threshold gets no weight, its neighbour all of it
+        known = pcb_scores(tile.stack, low, high) if plain else None
+        if known is not None:
+            return known
         stack = tile.stack if boost == 1.0 else tile.stack * boost
         result = torch.empty_like(stack, dtype=torch.float64 if count >= _WIDE_FROM else stack.dtype)
         if inter == "sum":
@@ -100,7 +107,6 @@ def pcb(
                 torch.mul(u.square_().mul_(count).exp_(), agreement, out=result[i])
         return result
 
-    plain = inter == "sum" and boost == 1.0 and count < _WIDE_FROM
     if plain:
         formula("pcb score", low=low, high=high)(scores)
     best = [int(numel * (1 - density)), numel - 1]

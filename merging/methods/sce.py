@@ -7,7 +7,7 @@ from merging.method import Share, merge_method
 from taskvec.deltas import Deltas, Tile
 from taskvec.moments import sums
 from taskvec.order import order_statistics
-from taskvec.plan import Fold, Plan, Report
+from taskvec.plan import Fold, Plan, Report, formula
 
 
 @merge_method("sce", paper="arXiv:2408.07990", statistics="tensor", tasks=(1, None), passes=4)
@@ -33,11 +33,14 @@ def sce(deltas: Deltas, *, density: Share = 1.0) -> Plan:
 
     least = 0.0
     if density < 1 and count > 1:
-        varied = yield Fold(lambda tile: int(torch.count_nonzero(variance(tile))), int.__add__)
+        nonzero = formula("varied")(lambda tile: int(torch.count_nonzero(variance(tile))))
+        varied = yield Fold(nonzero, int.__add__)
         kept = int(density * varied)
         if kept:
             rank = deltas.numel - kept
-            found = yield from order_statistics(lambda tile: variance(tile)[None], [[rank]], deltas.numel)
+            found = yield from order_statistics(
+                formula("variance")(lambda tile: variance(tile)[None]), [[rank]], deltas.numel
+            )
             least = found[0][0].value
         else:
             least = float("inf")
@@ -45,11 +48,16 @@ def sce(deltas: Deltas, *, density: Share = 1.0) -> Plan:
     def selected(tile: Tile) -> Tensor:
         return tile.stack if least == 0.0 else tile.stack * (variance(tile) >= least)
 
-    energies = yield from sums(lambda tile: selected(tile).double().square().sum(1))
+    @formula("energies", least=least, shape=(count,))
+    def squares(tile: Tile) -> Tensor:
+        return selected(tile).double().square().sum(1)
+
+    energies = yield from sums(squares)
     total = float(energies.sum())
     shares = [float(e) / total if total else 1 / count for e in energies]
     yield Report({"coefficients": dict(zip(deltas.tasks, shares)), "threshold": least})
 
+    @formula("sce", shares=shares, least=least)
     def kernel(tile: Tile) -> Tensor:
         stack = selected(tile)
         positive = tile.total(stack, weighted=False) >= 0

@@ -1,13 +1,14 @@
 """Spherical interpolation of two models."""
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from merging.method import Fraction, Unweighted, merge_method
 from taskvec.deltas import Deltas, Tile
 from taskvec.moments import gram
-from taskvec.plan import Plan, Report
+from taskvec.plan import Plan, Report, formula
 
 
 @merge_method("slerp", paper="doi:10.1145/325334.325242", space="weight", statistics="tensor", tasks=(2, 2), passes=2)
@@ -24,7 +25,7 @@ def slerp(deltas: Deltas, *, t: Fraction = 0.5, collinear: Fraction = 0.9995) ->
     """
     weights = Unweighted()
     yield Report(weights.facts)
-    products = yield from gram()
+    products = yield from gram(2)
     lengths = math.sqrt(float(products[0, 0] * products[1, 1]))
     cosine = float(products[0, 1]) / lengths if lengths else 1.0
     if abs(cosine) > collinear:
@@ -33,6 +34,11 @@ def slerp(deltas: Deltas, *, t: Fraction = 0.5, collinear: Fraction = 0.9995) ->
         angle = math.acos(cosine)
         first, second = math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
 
+    def coefficients(given: Sequence[float]) -> list[float]:
+        weights.given(given)
+        return [first, second]
+
+    @formula("combination", coefficients=coefficients)
     def kernel(tile: Tile) -> Tensor:
         weights.look(tile)
         return (tile.stack[0] * first).add_(tile.stack[1], alpha=second)

@@ -28,6 +28,15 @@ RECIPES = {
     "dare, then trimmed": {"method": "ties", "parameters": {"density": 0.5}, "preprocess": ["dare"]},
     "breadcrumbs": {"method": "breadcrumbs", "parameters": {"density": 0.8, "gamma": 0.05}},
     "breadcrumbs, rescaled": {"method": "breadcrumbs", "parameters": {"density": 0.8, "gamma": 0.05, "rescale": True}},
+    "equalized": {"method": "task_arithmetic", "preprocess": ["equalize"]},
+    "slerp": {"method": "slerp", "parameters": {"t": 0.3}, "weights": [1.0, 1.0]},
+    "nuslerp": {"method": "nuslerp", "weights": [1.0, 3.0]},
+    "nuslerp of task vectors": {"method": "nuslerp", "space": "delta", "weights": [1.0, 3.0]},
+    "model stock": {"method": "model_stock"},
+    "karcher": {"method": "karcher"},
+    "multislerp": {"method": "multislerp", "weights": [0.3, 0.5, 1.1]},
+    "sce": {"method": "sce", "parameters": {"density": 0.4}},
+    "sce of everything": {"method": "sce", "weights": [0.3, 0.5, 1.1]},
 }  # fmt: skip
 LEVELS = [level for level in (2, 5) if native.usable() and level <= native._library()[1]]
 
@@ -67,6 +76,34 @@ def test_a_merge_on_disk_has_the_bits_of_the_eager_form(name, level, zoo, tmp_pa
     for tensor in ours:
         assert torch.equal(ours[tensor].view(torch.int32), eager[tensor].view(torch.int32)), tensor
     shutil.rmtree(tmp_path)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("given", [{}, {"density": 0.4, "clip": 0.0}, {"density": 1.0}], ids=str)
+def test_pcb_is_that_of_the_eager_form_to_rounding(given, level, zoo, tmp_path, monkeypatch):
+    library = native._library()[0]
+    monkeypatch.setattr(native, "_library", lambda: (library, level))
+    ours = merged(zoo, {"method": "pcb", "parameters": given}, tmp_path / "compiled")
+    monkeypatch.setattr(native, "usable", lambda: False)
+    eager = merged(zoo, {"method": "pcb", "parameters": given}, tmp_path / "eager")
+    base = Checkpoint.open(zoo / "m0.safetensors")
+    for tensor in ours:
+        size = (eager[tensor] - base.read(tensor).float()).abs().max() if eager[tensor].numel() else 0.0
+        torch.testing.assert_close(ours[tensor], eager[tensor], rtol=2e-7, atol=1e-5 * float(size))
+
+
+def test_scores_are_those_of_double_precision():
+    drawn = torch.Generator().manual_seed(9)
+    for size in (1e-3, 0.3, 3.0):
+        rows = torch.randn(4, 50_000, generator=drawn) * size
+        stored = native.Stored("w", 0, 50_000, list(rows), [native.AS_IS] * 4, None)
+        low, high = [0.01 * size] * 4, [2.5 * size] * 4
+        ours = native.listed(stored, native.Values("pcb score", low, high)).double()
+        wide = rows.double()
+        total = rows[0] + rows[1] + rows[2] + rows[3]
+        u = (wide.abs().clamp(low[0], high[0]) - low[0]) / (high[0] - low[0])
+        truth = (4 * u * u).exp() * (rows * total).double().tanh()
+        assert float(((ours - truth).abs() / truth.abs().clamp(min=1e-30)).max()) < 2e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
