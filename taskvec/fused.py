@@ -38,7 +38,7 @@ MOST_TASKS = 32  # kernels are unrolled over tasks
 DIGIT = 2048  # bins of one radix digit
 
 _STATISTICS = {"magnitude": kernels.MAGNITUDE, "pcb score": kernels.PCB_SCORE}
-_MERGES = {
+MERGES = {
     "weighted sum": kernels.WEIGHTED_SUM,
     "trimmed sum": kernels.TRIMMED_SUM,
     "ties": kernels.TIES,
@@ -124,8 +124,16 @@ class Resident:
         rows = entries[0].rows
         self.device = rows.device if isinstance(rows, Tensor) else rows[0].device
         self.numel = sum(entry.numel for entry in entries)
-        self.squares: list[float] | None = None
+        self._examined = False
+        self._partial: Tensor | None = None
+        self._squares: list[float] | None = None
         self._groups = self._grouped(entries)
+
+    @property
+    def squares(self) -> list[float] | None:
+        if self._squares is None and self._partial is not None:
+            self._squares = self._partial.tolist()
+        return self._squares
 
     def _grouped(self, entries: Sequence[Entry]) -> list[_Group]:
         kinds: dict[tuple[Any, ...], list[tuple[Entry, list[int], int]]] = {}
@@ -144,35 +152,22 @@ class Resident:
                 "sizes": sizes,
                 "prefix": [0, *accumulate(sizes)],
             }
-            tables = dict(zip(parts, self._there([np.array(part, np.int64) for part in parts.values()])))
+            tables = dict(zip(parts, self._there(*(np.array(part, np.int64) for part in parts.values()))))
             weights = np.array([list(entry.weights) for entry, _, _ in members], np.float32)
-            tables["weights"] = self._there([weights.ravel()])[0]
+            tables["weights"] = self._there(weights)[0]
             groups.append(_Group([entry for entry, _, _ in members], stored, based, even, sum(sizes), tables))
         return groups
 
-    def _there(self, parts: "Sequence[np.ndarray[Any, Any]]") -> list[Tensor]:
-        """Small tables on the device, each at 16 bytes; a search that asks for the same again copies nothing."""
-        contents, places = [], []
-        for part in parts:
-            # even lengths keep every table at 16 bytes: kernels are compiled anew for each pattern of alignments
-            content = part.tobytes()
-            places.append((len(content), part.dtype.char))
-            contents.append(content.ljust(-(-len(content) // 16) * 16, b"\0"))
-        # a table is used on the stream that its memory belongs to, so that it may be let go at any time
-        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
-        whole = _table(b"".join(contents), self.device, stream)
-        found, start = [], 0
-        for content, (size, kind) in zip(contents, places):
-            found.append(whole[start : start + size].view(_KINDS[kind]))
-            start += len(content)
-        return found
+    def _there(self, *parts: "np.ndarray[Any, Any]") -> Sequence[Tensor]:
+        """Small tables on the device; a search that asks for the same again copies nothing."""
+        return _tables(tuple((part.tobytes(), part.dtype.char) for part in parts), self.device, _stream(self.device))
 
     def _tilings(self, block: int) -> tuple[list[tuple[_Group, _Tiling]], int]:
         """Each group with its programs for this block size, and the number of all programs."""
         first, found = 0, []
         for group in self._groups:
             sizes = tuple(entry.numel for entry in group.entries)
-            tiling = _Tiling(*_programs(sizes, block, self.device), first)
+            tiling = _Tiling(*_programs(sizes, block, self.device, _stream(self.device)), first)
             found.append((group, tiling))
             first += tiling.tiles
         return found, first
@@ -203,9 +198,7 @@ class Resident:
         brackets, bracket_of, kinds, share = _bracket_plan(ranks, self.numel, size, margin)
         count = len(kinds)
         code = sum(kind_ << (2 * i) for i, kind_ in enumerate(kinds))
-        asked, which, places = self._there(
-            [np.array(ranks, np.int64).ravel(), np.array(bracket_of, np.int32), brackets.ravel()]
-        )
+        asked, which, places = self._there(np.array(ranks, np.int64), np.array(bracket_of, np.int32), brackets)
         ends = sample.sort(1).values.gather(1, places.view(tasks, -1)).contiguous()
         fields, last = 0, 0
         for i, shape in enumerate(kinds):
@@ -219,7 +212,7 @@ class Resident:
         words = torch.empty(tasks * width * tiles, dtype=torch.int32, device=self.device)
         held = torch.zeros(tasks * BUCKETS * PAD, dtype=torch.int32, device=self.device)
         lists = torch.empty(tasks * BUCKETS * capacity, dtype=torch.float32, device=self.device)
-        examine = self.squares is None
+        examine = not self._examined
         squares = torch.empty(tasks, tiles if examine else 0, dtype=torch.float32, device=self.device)
         for group, tiling in tilings:
             t = group.tables
@@ -253,7 +246,7 @@ class Resident:
             sums.view(torch.float64).copy_(squares.sum(1, dtype=torch.float64))
         told = [part.clone() for part in results.cpu().split(size_of)]  # the one wait of this pass
         if examine:
-            self.squares = told[2].view(torch.float64).tolist()
+            self._examined, self._squares = True, told[2].view(torch.float64).tolist()
         tallies, states = told[0].view(tasks, wanted, 5).tolist(), told[1].view(tasks, wanted, 7).tolist()
         bounds = told[3].view(torch.float64).view(tasks, count, 2).tolist()
         found: list[list[OrderStatistic]] = []
@@ -306,7 +299,7 @@ class Resident:
                 cut, top = numbers["cut"][task], numbers["top"][task]
                 keeps = numbers["keeps"][task]
                 table[task, 4:7] = cut, top - cut, _inverse(top - cut) if keeps else 0.0
-        return self._there([table.ravel()])[0]
+        return self._there(table)[0]
 
     # -- the merge -----------------------------------------------------------------------------------------------------
 
@@ -319,9 +312,9 @@ class Resident:
             scale: factor for the merged delta.
             onto_base: add the base, rounding once to the output's dtype.
         """
-        if formula.name not in _MERGES:
+        if formula.name not in MERGES:
             return False
-        kind = _MERGES[formula.name]
+        kind = MERGES[formula.name]
         if kind == kernels.PCB:
             numbers = self._pcb_numbers(formula.numbers)
         elif kind == kernels.WEIGHTED_SUM:
@@ -329,8 +322,8 @@ class Resident:
         else:
             table = np.zeros((self.tasks, 8), np.float32)
             table[:, 0] = formula.numbers["thresholds"]
-            numbers = self._there([table.ravel()])[0]
-        examine = self.squares is None
+            numbers = self._there(table)[0]
+        examine = not self._examined
         tilings, tiles = self._tilings(MERGE_BLOCK)
         squares = torch.empty(self.tasks, tiles if examine else 0, dtype=torch.float32, device=self.device)
         for group, tiling in tilings:
@@ -340,7 +333,7 @@ class Resident:
             types = self._types(group)
             if any(place % 16 for place in places):
                 types["ALIGN"] = 1
-            (targets,) = self._there([np.array(places, np.int64)])
+            (targets,) = self._there(np.array(places, np.int64))
             with self._here():
                 kernels.merge_kernel[(tiling.tiles,)](
                     t["rows"], t["bases"], t["sizes"], targets, t["weights"], tiling.tensor, tiling.start,
@@ -350,7 +343,7 @@ class Resident:
                     num_warps=MERGE_WARPS, enable_fp_fusion=False,
                 )  # fmt: skip
         if examine:
-            self.squares = squares.sum(1, dtype=torch.float64).tolist()
+            self._examined, self._partial = True, squares.sum(1, dtype=torch.float64)
         return True
 
     def packed(self, formula: Formula) -> "Packed | None":
@@ -389,10 +382,10 @@ class Packed:
 
     def merged(self, weights: Sequence[float], outs: Mapping[str, Tensor]) -> None:
         """Writes Σ_i λ_i P_i to `outs`."""
-        (factors,) = self._there([np.array(list(weights), np.float32)])
+        (factors,) = self._there(np.array(list(weights), np.float32))
         for names, sizes, tiling, even in self._layout:
             places = [outs[name].data_ptr() for name in names]
-            (targets,) = self._there([np.array(places, np.int64)])
+            (targets,) = self._there(np.array(places, np.int64))
             with _on(self._masks.device):
                 kernels.unpack_kernel[(tiling.tiles,)](
                     sizes, targets, factors, tiling.tensor, tiling.start, self._masks, self._places, self._values,
@@ -422,15 +415,31 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 _KINDS = {"q": torch.int64, "l": torch.int64, "i": torch.int32, "f": torch.float32}
 
 
+# What is made once is used on the stream that its memory belongs to, so that it may be let go at any time.
+
+
+def _stream(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    return int(torch._C._cuda_getCurrentRawStream(device.index or 0))  # the Stream object costs as much as a launch
+
+
 @lru_cache(maxsize=256)
-def _table(content: bytes, device: torch.device, stream: int) -> Tensor:
-    here = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+def _tables(parts: tuple[tuple[bytes, str], ...], device: torch.device, stream: int) -> Sequence[Tensor]:
+    contents = [part.ljust(-(-len(part) // 16) * 16, b"\0") for part, _ in parts]
+    here = torch.frombuffer(bytearray(b"".join(contents)), dtype=torch.uint8)
     # from pinned memory, since a copy from any other waits for all work before it
-    return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here.to(device)
+    there = here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here
+    found, start = [], 0
+    for content, (part, kind) in zip(contents, parts):
+        # each at 16 bytes: kernels are compiled anew for each pattern of alignments
+        found.append(there[start : start + len(part)].view(_KINDS[kind]))
+        start += len(content)
+    return found
 
 
-@lru_cache(maxsize=16)  # a search merges the same tensors again and again
-def _programs(sizes: tuple[int, ...], block: int, device: torch.device) -> tuple[Tensor, Tensor, int]:
+@lru_cache(maxsize=64)  # a search merges the same tensors again and again
+def _programs(sizes: tuple[int, ...], block: int, device: torch.device, stream: int) -> tuple[Tensor, Tensor, int]:
     """For each program of a launch the number of its tensor and its first element; and how many programs there are."""
     tiles = -(-np.array(sizes, np.int64) // block)
     total = int(tiles.sum())

@@ -1,64 +1,60 @@
-"""A merge's inputs kept on a GPU, as they are stored, while it lasts: read once, whatever the number of passes.
+"""A merge's inputs on a GPU, as they are stored: kept there while the merge lasts, or passing through piece by piece.
 
 Each worker reads into pinned memory of its own and copies from there while it reads on, so the disk (or the page
 cache), the hashing and the bus work at the same time. Differences are formed on the GPU, in float32, in every pass.
 """
 
-import threading
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from taskvec.checkpoint import SEGMENT
 from taskvec.deltas import ModelDeltas, Tile, Watch
 from taskvec.source import TensorSource
 
-SLOT = 8 << 20  # bytes of one pinned buffer; a worker has two
+SLOT = 4 << 20  # bytes of one pinned buffer; a worker has two. Pinning is slow: 0.5 GB/s measured
+READERS = 12  # workers; more wait longer for the interpreter than they gain
 _PAD = 256  # bytes to which each tensor is aligned on the device
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class Uploaded:
-    """Deltas of whole models over a base, stored on a device as the files store them.
+class _Bus:
+    """Between the files of whole models over a base and a device.
 
-    Attributes:
-        piece: the most elements that `download` brings back at once.
+    Args:
+        deltas: the models and their base.
+        device: where the values go.
+        workers: how many threads will use this.
     """
 
-    piece = SLOT // 4
-
-    def __init__(self, deltas: ModelDeltas, device: torch.device):
+    def __init__(self, deltas: ModelDeltas, device: torch.device, workers: int):
+        assert deltas.base is not None
         self.tasks, self.infos, self.device = deltas.tasks, deltas.infos, device
+        self.sources: list[TensorSource] = [deltas.base, *deltas.inputs()]
         self._deltas = deltas
-        sources = _sources(deltas)
-        self._stored: list[dict[str, Tensor]] = [self._allocated(source) for source in sources]
-        self._local = threading.local()
-        self.settle()  # what used this memory before may not be done
+        there = device.type == "cuda"
+        # one piece, since pinning costs by the call too
+        memory = torch.empty(2 * workers, SLOT, dtype=torch.uint8, pin_memory=there)
+        self._rings = [_Ring(device, memory[2 * worker : 2 * worker + 2]) for worker in range(workers)]
 
-    @classmethod
-    def fits(cls, deltas: Any, device: torch.device, results: int = 4) -> bool:
-        """Whether these deltas can be kept on the device, with `results` bytes for each merged element."""
+    @staticmethod
+    def takes(deltas: Any) -> bool:
+        """Whether these are deltas of whole models over a base, in dtypes that kernels read."""
         if not isinstance(deltas, ModelDeltas) or not deltas.plain():
             return False
-        for source in _sources(deltas):
-            if any(name not in source.infos or source.infos[name].dtype not in _STORED for name in deltas.infos):
-                return False
-        free, _ = torch.cuda.mem_get_info(device)
-        size = deltas.bytes_per_pass() + _PAD * (len(deltas.tasks) + 1) * len(deltas.infos) + results * deltas.numel
-        return size + (4 << 30) < free
+        assert deltas.base is not None
+        return all(
+            name in source.infos and source.infos[name].dtype in _STORED
+            for source in (deltas.base, *deltas.inputs())
+            for name in deltas.infos
+        )
 
-    def _allocated(self, source: TensorSource) -> dict[str, Tensor]:
-        """Room for one source's tensors, in one piece."""
-        places, size = {}, 0
-        for name in self.infos:
-            places[name] = size
-            size += -(-source.infos[name].nbytes // _PAD) * _PAD
-        room = torch.empty(size, dtype=torch.uint8, device=self.device)
-        return {
-            name: room[start : start + source.infos[name].nbytes].view(source.infos[name].dtype)
-            for name, start in places.items()
-        }
+    def weights_of(self, name: str, start: int, stop: int) -> Tensor:
+        return self._deltas.weights_of(name, start, stop)
 
     @property
     def numel(self) -> int:
@@ -67,51 +63,102 @@ class Uploaded:
     def read_ahead(self, name: str, start: int, stop: int) -> None:
         self._deltas.read_ahead(name, start, stop)
 
+    @contextmanager
+    def ring(self) -> Iterator["_Ring"]:
+        """Buffers and a stream that are the caller's alone; the stream is the current one meanwhile."""
+        ring = self._rings.pop()
+        try:
+            with ring.current():
+                yield ring
+        finally:
+            self._rings.append(ring)
+
+    def _bring(
+        self, ring: "_Ring", source: TensorSource, name: str, start: int, stop: int, room: Tensor, watch: Watch | None
+    ) -> None:
+        """Reads these elements and sends them to `room` (bytes on the device); copies may be under way afterwards."""
+        size = source.infos[name].dtype.itemsize
+        step = SLOT // size
+        for begin in range(start, stop, step):
+            end = min(begin + step, stop)
+            slot, view = ring.slot((end - begin) * size)
+            _read(source, name, begin, end, slot, view)
+            if watch is not None:
+                watch(source, name, view)
+            ring.send(slot, room[(begin - start) * size : (end - start) * size])
+
+    def pieces(self, ring: "_Ring", values: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Where each piece of flat values on the device begins, and the piece in host memory until the next is asked for.
+
+        Pieces come in order; while one is used, the next is on its way.
+        """
+        step = SLOT // values.element_size()
+        starts = range(0, values.numel(), step)
+        coming: list[tuple[int, Tensor, int]] = []
+        for start in [*starts, None]:
+            if start is not None:
+                part = values[start : start + step]
+                slot, _ = ring.slot(part.numel() * part.element_size())
+                here = slot.view(values.dtype)
+                ring.send(part, here)
+                coming.append((start, here, ring.turn))
+            if len(coming) == 2 or (start is None and coming):
+                at, done, turn = coming.pop(0)
+                ring.wait(turn)
+                yield at, done
+
+
+class Uploaded(_Bus):
+    """Deltas of whole models over a base, stored on a device as the files store them."""
+
+    def __init__(self, deltas: ModelDeltas, device: torch.device, workers: int = READERS):
+        super().__init__(deltas, device, workers)
+        self._rooms = [self._allocated(source) for source in self.sources]
+        self.settle()  # what used this memory before may not be done
+
+    @classmethod
+    def fits(cls, deltas: Any, device: torch.device, results: int = 4) -> bool:
+        """Whether these deltas can be kept on the device, with `results` bytes for each merged element."""
+        if not cls.takes(deltas):
+            return False
+        free, _ = torch.cuda.mem_get_info(device)
+        size = deltas.bytes_per_pass() + _PAD * (len(deltas.tasks) + 1) * len(deltas.infos) + results * deltas.numel
+        return bool(size + (4 << 30) < free)
+
+    def _allocated(self, source: TensorSource) -> dict[str, Tensor]:
+        """Room for one source's tensors (their bytes), in one piece."""
+        places, size = {}, 0
+        for name in self.infos:
+            places[name] = size
+            size += -(-source.infos[name].nbytes // _PAD) * _PAD
+        room = torch.empty(size, dtype=torch.uint8, device=self.device)
+        return {name: room[start : start + source.infos[name].nbytes] for name, start in places.items()}
+
+    def _stored(self, name: str) -> list[Tensor]:
+        """The base's values and those of each task."""
+        return [room[name].view(source.infos[name].dtype) for room, source in zip(self._rooms, self.sources)]
+
     def load(self, name: str, start: int, stop: int, watch: Watch | None) -> None:
         """Reads these elements of every input and sends them to the device; returns while copies may be under way."""
-        ring = self._ring()
-        for source, stored in zip(_sources(self._deltas), self._stored):
-            step = SLOT // source.infos[name].dtype.itemsize
-            for begin in range(start, stop, step):
-                end = min(begin + step, stop)
-                raw = ring.slot()[: (end - begin) * source.infos[name].dtype.itemsize].view(source.infos[name].dtype)
-                into: Callable[..., None] | None = getattr(source, "read_into", None)
-                if into is None:
-                    raw.copy_(source.read_flat(name, begin, end))
-                else:
-                    into(name, begin, end, raw)
-                if watch is not None:
-                    watch(source, name, raw)
-                ring.copy(raw, stored[name][begin:end])
+        with self.ring() as ring:
+            for source, rooms in zip(self.sources, self._rooms):
+                size = source.infos[name].dtype.itemsize
+                self._bring(ring, source, name, start, stop, rooms[name][start * size : stop * size], watch)
 
     def settle(self) -> None:
         """Waits until all copies are done."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def download(self, values: Tensor) -> Tensor:
-        """Values of the device in a pinned buffer that is this worker's until its next call but one."""
-        ring = self._ring()
-        here = ring.slot()[: values.numel() * values.element_size()].view(values.dtype)
-        ring.copy(values, here)
-        ring.wait()
-        return here
-
-    def _ring(self) -> "_Ring":
-        ring: _Ring | None = getattr(self._local, "ring", None)
-        if ring is None:
-            ring = self._local.ring = _Ring(self.device)
-        return ring
-
     def tile(self, name: str, start: int, stop: int, watch: Watch | None = None) -> Tile:
         """The same tile as the files give, on the device."""
         info = self.infos[name]
-        base, *tuned = (stored[name][start:stop] for stored in self._stored)
+        base, *tuned = (stored[start:stop] for stored in self._stored(name))
         wide = base.to(info.dtype)
         stack = torch.empty(len(tuned), stop - start, dtype=info.dtype, device=self.device)
         for row, raw in zip(stack, tuned):
             torch.sub(raw.to(info.dtype), wide, out=row)
-        weights = self._deltas.weights_of(name, start, stop)
+        weights = self.weights_of(name, start, stop)
         weights = weights.to(self.device) if weights.ndim > 1 else weights
         return Tile(name, info.shape, start, stop, self.tasks, stack, wide, weights)
 
@@ -119,54 +166,119 @@ class Uploaded:
         """Name, stored weights of each task, base and task weights of every tensor; None where weights vary inside."""
         found = []
         for name, info in self.infos.items():
-            weights = self._deltas.weights_of(name, 0, info.numel)
-            if weights.ndim != 1:
-                return None
-            base, *tuned = (stored[name] for stored in self._stored)
-            if len({raw.dtype for raw in tuned}) != 1:
+            weights = self.weights_of(name, 0, info.numel)
+            base, *tuned = self._stored(name)
+            if weights.ndim != 1 or len({raw.dtype for raw in tuned}) != 1:
                 return None
             if info.numel:
                 found.append((name, tuned, base, weights.tolist()))
         return found
 
 
-class _Ring:
-    """Two buffers and a stream of one worker: while one is copied from, the other is filled."""
+class Passing(_Bus):
+    """The same models a segment at a time, for merges that look at each element once: nothing is kept."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, deltas: ModelDeltas, device: torch.device, workers: int = READERS):
+        super().__init__(deltas, device, workers)
+        widest = max(source.infos[name].dtype.itemsize for source in self.sources for name in self.infos)
+        for ring in self._rings:
+            ring.room = torch.empty(len(self.sources), SEGMENT * widest, dtype=torch.uint8, device=device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # what used this memory before may not be done
+
+    @classmethod
+    def fits(cls, deltas: Any, device: torch.device) -> bool:
+        """Whether these deltas can pass, one set of weights for each tensor."""
+        if not cls.takes(deltas):
+            return False
+        sources = deltas.inputs()
+        return all(
+            deltas.weights_of(name, 0, info.numel).ndim == 1 and len({s.infos[name].dtype for s in sources}) == 1
+            for name, info in deltas.infos.items()
+        )
+
+    def rows(
+        self, ring: "_Ring", name: str, start: int, stop: int, watch: Watch | None
+    ) -> tuple[list[Tensor], Tensor, list[float]]:
+        """Stored weights of each task, base and task weights of these elements, at most a segment; on the ring's stream."""
+        assert ring.room is not None
+        found = []
+        for source, room in zip(self.sources, ring.room):
+            kind = source.infos[name].dtype
+            part = room[: (stop - start) * kind.itemsize]
+            self._bring(ring, source, name, start, stop, part, watch)
+            found.append(part.view(kind))
+        base, *tuned = found
+        return tuned, base, self.weights_of(name, start, stop).tolist()
+
+
+class _Ring:
+    """Two pinned buffers and a stream of one worker: while one is copied from, the other is filled."""
+
+    def __init__(self, device: torch.device, memory: Tensor):
         there = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if there else None
-        self._slots = [torch.empty(SLOT, dtype=torch.uint8, pin_memory=there) for _ in range(2)]
-        self._ready: list[torch.cuda.Event | None] = [None, None]
-        self._turn = 0
+        self._slots = [(slot, slot.numpy().data) for slot in memory]
+        self._events = [torch.cuda.Event() if there else None for _ in memory]
+        self._busy = [False, False]
+        self.turn = 0
+        self.room: Tensor | None = None
 
-    def slot(self) -> Tensor:
-        """The buffer whose turn it is, once the copy that it was last used for is done."""
-        self._turn ^= 1
-        self.wait()
-        return self._slots[self._turn]
-
-    def copy(self, source: Tensor, target: Tensor) -> None:
-        """Copies from or into the buffer whose turn it is; on a GPU the copy goes on while this returns."""
+    @contextmanager
+    def current(self) -> Iterator[None]:
         if self._stream is None:
-            target.copy_(source)
+            yield
             return
         with torch.cuda.stream(self._stream):
-            target.copy_(source, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record(self._stream)
-        self._ready[self._turn] = event
+            yield
 
-    def wait(self) -> None:
-        """Until the last copy with the buffer whose turn it is is done."""
-        event = self._ready[self._turn]
+    def slot(self, size: int) -> tuple[Tensor, memoryview]:
+        """So many bytes of the buffer whose turn it is, once the copy that it was last used for is done."""
+        self.turn ^= 1
+        self.wait(self.turn)
+        slot, view = self._slots[self.turn]
+        return (slot, view) if size == SLOT else (slot[:size], view[:size])
+
+    def send(self, source: Tensor, target: Tensor) -> None:
+        """Copies from or into the buffer whose turn it is; on a GPU the copy goes on while this returns."""
+        event = self._events[self.turn]
+        target.copy_(source, non_blocking=event is not None)
         if event is not None:
+            event.record(self._stream)
+            self._busy[self.turn] = True
+
+    def wait(self, turn: int) -> None:
+        """Until the last copy with that buffer is done."""
+        event = self._events[turn]
+        if event is not None and self._busy[turn]:
             event.synchronize()
+            self._busy[turn] = False
 
 
-def _sources(deltas: ModelDeltas) -> Sequence[TensorSource]:
-    assert deltas.base is not None
-    return [deltas.base, *deltas.inputs()]
+def _read(source: TensorSource, name: str, start: int, stop: int, into: Tensor, view: memoryview) -> None:
+    """These elements as they are stored. Tensor operations each hand the interpreter on: with many threads, too often."""
+    extent = getattr(source, "extent", None)
+    where = None if extent is None else extent(name, start, stop)
+    if where is None:
+        into.view(source.infos[name].dtype).copy_(_flat(source, name, start, stop))
+        return
+    descriptor, offset, size = where
+    done = 0
+    while done < size:
+        count = os.preadv(descriptor, [view[done:]], offset + done)
+        if count == 0:  # the file became shorter: this says so
+            _flat(source, name, start, stop)
+            raise EOFError(name)
+        done += count
 
 
-__all__ = ["SLOT", "Uploaded"]
+def _flat(source: TensorSource, name: str, start: int, stop: int) -> Tensor:
+    return source.read_flat(name, start, stop)
+
+
+def readers(workers: int) -> int:
+    """How many of these workers are worth having."""
+    return min(workers, READERS)
+
+
+__all__: Sequence[str] = ["READERS", "SLOT", "Passing", "Uploaded", "readers"]

@@ -82,19 +82,24 @@ def timed(run: Callable[[], Any]) -> tuple[float, int]:
     return spent, torch.cuda.max_memory_allocated() - before
 
 
+_LONG = 1000.0  # milliseconds; what takes longer runs once
+
+
 def medians(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, float]]:
     """All runs in turns, A B A B; one round before to warm up."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     peaks: dict[str, int] = {}
     for turn in range(repeats + 1):
         for name, run in runs.items():
+            if times[name] and times[name][-1] > _LONG:
+                continue
             try:
                 spent, peak = timed(run)
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
                 continue
             peaks[name] = peak
-            if turn:
+            if turn or spent > _LONG:
                 times[name].append(spent)
     return {
         name: {"ms": round(statistics.median(t), 3), "least": round(min(t), 3), "peak_bytes": peaks[name]}

@@ -123,6 +123,10 @@ def test_the_same_merge_twice_is_the_same_bits():
 
 def test_methods_without_a_fused_form_run_on_the_gpu_too():
     stacks = zoo(7)
-    for method, more in (("breadcrumbs", {}), ("pcb", {"inter": "pairwise"}), ("ties", {"postprocess": ["lines"]})):
+    for method, more in (
+        ("breadcrumbs", {}),
+        ("pcb", {"inter": "pairwise"}),
+        ("ties", {"postprocess": [{"method": "norm_match"}]}),
+    ):
         expected, found = merge_stacks(method, stacks, **more), merge_stacks(method, there(stacks), **more)
         assert float(((flat(expected) - flat(found)).abs() > 1e-6).float().mean()) < 1e-5, method
