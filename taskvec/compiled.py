@@ -6,7 +6,7 @@ tiles go from their stored form to the output's in one call; a method's file is 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ _SUMS = ("weighted sum", "weighted mean", "plain mean", "combination")
 class Chain:
     """A chain of formulas that can be compiled: steps of preprocessing, one combination, perhaps a scale."""
 
+    ranked: Formula | None
     steps: Sequence[Formula]
     combine: Formula
     scale: float | None
@@ -40,14 +41,29 @@ class Chain:
         scale = None
         if formulas[-1].name == "scale":
             scale = float(formulas.pop().numbers["scale"])
+        ranked = formulas.pop(0) if formulas and formulas[0].name == "rank drop" else None
         if not formulas or any(link.name not in _STEPS for link in formulas[:-1]):
             return None
-        if formulas[-1].name not in (*_SUMS, "ties", "pcb", "sce") or (formulas[:-1] and formulas[-1].name in _WHOLE):
+        if formulas[-1].name not in (*_SUMS, "ties", "pcb", "sce") or (
+            (ranked or formulas[:-1]) and formulas[-1].name in _WHOLE
+        ):
             return None
-        return cls(formulas[:-1], formulas[-1], scale)
+        return cls(ranked, formulas[:-1], formulas[-1], scale)
+
+    def width(self, shape: Sequence[int]) -> int:
+        """Elements that a tile must hold whole: a row where entries are ranked within rows, else one."""
+        return max(1, math.prod(shape[1:] if len(shape) > 1 else shape)) if self.ranked else 1
 
     def at(
-        self, name: str, start: int, tasks: Sequence[str], weights: Tensor, *, onto_base: bool, scale: float = 1.0
+        self,
+        name: str,
+        start: int,
+        tasks: Sequence[str],
+        weights: Tensor,
+        *,
+        onto_base: bool,
+        scale: float = 1.0,
+        width: int = 1,
     ) -> Combination | None:
         """What the chain does to a tile; None where its weights are not one number for each task.
 
@@ -56,12 +72,22 @@ class Chain:
             weights: the task weights that hold there.
             onto_base: whether the result goes onto the base.
             scale: a further factor of the result.
+            width: elements of a row, where entries are ranked within rows.
 
         Raises:
             whatever the chain's own functions raise for these weights.
         """
         if weights.ndim != 1:
             return None
+        how = self._combination(name, start, tasks, weights, onto_base=onto_base, scale=scale)
+        if how is None or self.ranked is None:
+            return how
+        ranked = [_ranked(self.ranked.numbers, name, start, task, place, width) for place, task in enumerate(tasks)]
+        return replace(how, ranked=ranked, width=width)
+
+    def _combination(
+        self, name: str, start: int, tasks: Sequence[str], weights: Tensor, *, onto_base: bool, scale: float
+    ) -> Combination | None:
         numbers = self.combine.numbers
         steps = [_step(link, name, start, tasks) for link in self.steps]
         factors = [factor for factor in (self.scale, None if scale == 1.0 else scale) if factor is not None]
@@ -118,6 +144,16 @@ def pcb_scores(stack: Tensor, low: Sequence[float], high: Sequence[float]) -> Te
     rows: list[Tensor | None] = [row.contiguous() for row in flat]
     stored = native.Stored("", 0, flat.shape[1], rows, [native.AS_IS] * len(rows), None)
     return native.listed(stored, Values("pcb score", tuple(low), tuple(high))).view(stack.shape)
+
+
+def _ranked(
+    numbers: Mapping[str, Any], name: str, start: int, task: str, place: int, width: int
+) -> native.Ranked | None:
+    density, spread = numbers["densities"][place], numbers["spreads"][place]
+    if density == 1:
+        return None
+    slope, least = (2 * spread / (width - 1), density - spread) if width > 1 else (0.0, density)
+    return native.Ranked(keys(numbers["seed"], task, name, start >> 32), slope, least, numbers["rescale"])
 
 
 def _step(link: Formula, name: str, start: int, tasks: Sequence[str]) -> Step:

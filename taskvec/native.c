@@ -90,6 +90,68 @@ typedef struct {
     const float *low, *high, *cut, *top;
 } tv_merge_plan;
 
+static void sort_few(uint64_t *keys, int count) {
+    for (int i = 1; i < count; i++) {
+        uint64_t key = keys[i];
+        int j = i;
+        for (; j > 0 && keys[j - 1] > key; j--) keys[j] = keys[j - 1];
+        keys[j] = key;
+    }
+}
+
+/* Sorts by the upper 32 bits, 8 at a time; `spare` has room for as many. */
+static void sort_many(uint64_t *keys, int count, uint64_t *spare) {
+    for (int shift = 32; shift < 64; shift += 8) {
+        int places[257] = {0};
+        for (int i = 0; i < count; i++) places[((keys[i] >> shift) & 0xff) + 1]++;
+        for (int b = 0; b < 256; b++) places[b + 1] += places[b];
+        for (int i = 0; i < count; i++) spare[places[(keys[i] >> shift) & 0xff]++] = keys[i];
+        memcpy(keys, spare, (size_t)count * sizeof(uint64_t));
+    }
+}
+
+/* The rank of each magnitude within a row, equal ones sharing their mean rank. Buckets over the uppermost 8 powers of two
+   hold few entries each; what lies below falls into the first. `keys` and `ordered` have room for `width`. */
+static void tv_rank(const uint32_t *bits, int width, uint64_t *keys, uint64_t *ordered, float *ranks) {
+    enum { LOG = 11, BUCKETS = 1 << LOG, SHIFT = 26 - LOG };
+    int places[BUCKETS + 1] = {0};
+    uint32_t largest = 0;
+    for (int i = 0; i < width; i++) {
+        uint32_t size = bits[i] & 0x7fffffffu;
+        largest = size > largest ? size : largest;
+    }
+    uint32_t floor = largest >= (1u << 26) ? largest - (1u << 26) + 1 : 0;
+    for (int i = 0; i < width; i++) {
+        uint32_t size = bits[i] & 0x7fffffffu;
+        uint32_t bucket = size > floor ? (size - floor) >> SHIFT : 0;
+        keys[i] = bucket;
+        places[bucket + 1]++;
+    }
+    int biggest = 0;
+    for (int b = 0; b < BUCKETS; b++) biggest = places[b + 1] > biggest ? places[b + 1] : biggest;
+    for (int b = 0; b < BUCKETS; b++) places[b + 1] += places[b];
+    for (int i = 0; i < width; i++)
+        ordered[places[keys[i]]++] = (uint64_t)(bits[i] & 0x7fffffffu) << 32 | (uint32_t)i;
+    if (biggest > 48) {
+        for (int b = 0, first = 0; b < BUCKETS; first = places[b++]) { /* places now hold where each bucket ends */
+            int held = places[b] - first, sorted = 1; /* as equal ones are, which half precision makes many of */
+            if (held <= 48) continue;
+            for (int i = first + 1; i < first + held; i++) sorted &= ordered[i - 1] <= ordered[i];
+            if (!sorted) sort_many(ordered + first, held, keys);
+        }
+    }
+    sort_few(ordered, width); /* no entry is far from its place */
+    int32_t *firsts = (int32_t *)keys;
+    for (int i = 1, first = firsts[0] = 0; i < width; i++) {
+        first = ordered[i] >> 32 == ordered[i - 1] >> 32 ? first : i;
+        firsts[i] = first;
+    }
+    for (int i = width - 1, last = i; i >= 0; i--) {
+        ranks[(uint32_t)ordered[i]] = (float)(firsts[i] + last) * 0.5f;
+        last = i > 0 && ordered[i] >> 32 != ordered[i - 1] >> 32 ? i - 1 : last;
+    }
+}
+
 #define AVX512 0
 #define NAME(x) x##_avx2
 #pragma GCC push_options
@@ -142,6 +204,14 @@ void tv_list(int level, const tv_tile *tile, const tv_values *what, float *out) 
    [chunk, task]. Returns 1 where the base is not finite. */
 int tv_gram(int level, const tv_tile *tile, int what, float least, double *products, double *squares) {
     return CHOOSE(level, gram)(tile, what, least, products, squares);
+}
+
+/* Drops entries of rows of `width` by the ranks of their magnitudes; see tv_rank. `spare` has room for 3 rows of 8 bytes. */
+void tv_rank_drop(int level, float *values, int64_t rows, int width, uint32_t position, uint32_t add, uint32_t multiply,
+                  float slope, float least, int rescale, void *spare) {
+    uint64_t *keys = spare;
+    CHOOSE(level, rank_drop)(values, rows, width, position, add, multiply, slope, least, rescale, keys, keys + width,
+                             (float *)(keys + 2 * (int64_t)width));
 }
 
 /* The merged values in the output's dtype. Returns 1: the base is not finite; 2: a result is not, in that dtype. */

@@ -139,12 +139,22 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class Ranked:
+    """One task's numbers for `rank_drop`."""
+
+    keys: tuple[int, int]
+    slope: float
+    least: float
+    rescale: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Combination:
     """How rows become one: steps, then the combination, then what it is divided by and multiplied with.
 
     "sce" takes the least variance that is kept as `least`, "pcb" for each task whether it takes part (`keeps`), the ends of
     its clip, its threshold and its largest score. One thread uses it at a time: the compiled form is kept in it and moved
-    on from tile to tile.
+    on from tile to tile. `ranked` (for each task, None: left alone) comes before everything else, in rows of `width`.
     """
 
     combine: Literal["weighted sum", "ties mean", "ties sum", "pcb", "sce"]
@@ -160,6 +170,8 @@ class Combination:
     high: Sequence[float] = ()
     cut: Sequence[float] = ()
     top: Sequence[float] = ()
+    ranked: Sequence[Ranked | None] = ()
+    width: int = 1
     _kept: list[Any] = field(default_factory=list, repr=False, compare=False)
 
 
@@ -205,6 +217,9 @@ def _library() -> Any:
     ]  # fmt: skip
     library.tv_list.argtypes = [c_int, POINTER(_Tile), POINTER(_Values), c_void_p]
     library.tv_gram.argtypes = [c_int, POINTER(_Tile), c_int, c_float, c_void_p, c_void_p]
+    library.tv_rank_drop.argtypes = [
+        c_int, c_void_p, c_int64, c_int, c_uint32, c_uint32, c_uint32, c_float, c_float, c_int, c_void_p,
+    ]  # fmt: skip
     library.tv_merge.argtypes = [c_int, POINTER(_Tile), POINTER(_Plan), c_void_p, c_void_p]
     library.tv_read.argtypes = [c_int, c_void_p, c_void_p, c_void_p, c_void_p, POINTER(c_int)]
     return library, int(library.tv_level())
@@ -335,6 +350,37 @@ def energies(
         level, ctypes.byref(tile), 1, least, sums.ctypes.data, None if squares is None else squares.ctypes.data
     )
     return sums, not bad
+
+
+def rank_drop(
+    values: Tensor, width: int, position: int, keys: tuple[int, int], slope: float, least: float, rescale: bool
+) -> None:
+    """Keeps each entry of rows of `width` with the probability slope · rank + least, in place; divides by it if asked.
+
+    Args:
+        values: float32 [row · width], contiguous, finite.
+        position: the first entry's index in its tensor; with `keys` it makes the draws (`taskvec.draws`).
+
+    Eager twin: in `merging.methods.della`.
+    """
+    library, level = _library()
+    spare = torch.empty(3 * width, dtype=torch.int64)
+    library.tv_rank_drop(
+        level, values.data_ptr(), values.numel() // width, width, position & 0xFFFFFFFF, *keys, slope, least, rescale,
+        spare.data_ptr(),
+    )  # fmt: skip
+
+
+def dropped(stored: Stored, how: Combination, stack: Tensor, squares: "np.ndarray[Any, Any] | None") -> Stored:
+    """The tile after `how.ranked`, in `stack`, float32 [task, n]; it must hold whole rows."""
+    base_finite = load(stored, stack, None, squares)
+    if squares is not None and not base_finite:
+        squares.fill(np.nan)
+    for row, ranked in zip(stack, how.ranked):
+        if ranked is not None:
+            rank_drop(row, how.width, stored.start, ranked.keys, ranked.slope, ranked.least, ranked.rescale)
+    rows: list[Tensor | None] = list(stack)
+    return Stored(stored.name, stored.start, stored.stop, rows, [AS_IS] * len(rows), stored.base)
 
 
 def merge(

@@ -384,6 +384,27 @@ static inline void NAME(prepare)(const tv_merge_plan *plan, int task, uint32_t p
     }
 }
 
+/* DELLA: entries of each row are kept with a probability linear in the rank of their magnitude, and divided by it. */
+static void NAME(rank_drop)(float *values, int64_t rows, int width, uint32_t position, uint32_t add, uint32_t multiply,
+                            float slope, float least, int rescale, uint64_t *keys, uint64_t *ordered, float *ranks) {
+    for (int64_t row = 0; row < rows; row++, values += width, position += (uint32_t)width) {
+        tv_rank((const uint32_t *)values, width, keys, ordered, ranks);
+        for (int i = 0; i < width; i++) ranks[i] = ranks[i] * slope + least;
+        for (int i = 0; i < width; i++) {
+            uint32_t x = ((uint32_t)i + (position + add)) * multiply;
+            x ^= x >> 16;
+            x *= 0x7feb352du;
+            x ^= x >> 15;
+            x *= 0x846ca68bu;
+            x ^= x >> 16;
+            float drawn = ((float)(int32_t)(x >> 9) + 0.5f) * 1.1920928955078125e-7f;
+            values[i] *= drawn < ranks[i] ? 1.0f : 0.0f;
+        }
+        if (rescale)
+            for (int i = 0; i < width; i++) values[i] /= ranks[i];
+    }
+}
+
 /* Rounds to nearest even; returns whether all is finite in the output's dtype. */
 static inline int NAME(narrow)(const float *restrict from, int count, int kind, void *to, int64_t at) {
     if (kind == FLOAT32) {

@@ -506,35 +506,63 @@ class _Sweep:
         chain = Chain.of([formula_of(kernel) for _, kernel in self._chain])
         kinds: Mapping[str, torch.dtype] | None = getattr(self.sink, "kinds", None)
         into = self.sink if isinstance(self.sink, Into) else None
-        if chain is None or not self._compiles() or (kinds is None and into is None):
+        if chain is None or (kinds is None and into is None) or (self.whole and chain.ranked is None):
+            return False
+        if not self._compiles():
             return False
         within: Any = self._within()
         onto_base = kinds is not None and getattr(within, "space", "") == "delta"
 
+        def width(name: str) -> int:
+            return chain.width(self.deltas.infos[name].shape)
+
         def begin(name: str, start: int, stop: int) -> Callable[[Stored, Any], None] | None:
             weights = within.weights_of(name, start, stop)
             how = chain.at(
-                name, start, self.deltas.tasks, weights, onto_base=onto_base, scale=into.scale if into else 1.0
-            )
+                name, start, self.deltas.tasks, weights,
+                onto_base=onto_base, scale=into.scale if into else 1.0, width=width(name),
+            )  # fmt: skip
             if how is None or (onto_base and not within.has_base):
                 return None
-            out = into.places[name].view(-1)[start:stop] if into else self._out(stop - start, kinds[name])  # type: ignore[index]
+            room = 0 if into else min(stop - start, SEGMENT + self._piece(width(name)))
+            out = into.places[name].view(-1)[start:stop] if into else self._out(room, kinds[name])  # type: ignore[index]
+            first = start
 
             def work(stored: Stored, squares: Any) -> None:
-                base_finite, finite = native.merge(stored, how, out[stored.start - start :], squares)
+                nonlocal first
+                given, known = stored, squares
+                if how.ranked:
+                    stack = self._room(self._piece(how.width)).stack[: len(self.deltas.tasks) * stored.count]
+                    given, known = native.dropped(stored, how, stack.view(-1, stored.count), squares), None
+                base_finite, finite = native.merge(given, how, out[stored.start - first :], known)
                 if squares is not None:
                     self._take_squares(stored, squares, base_finite)
-                if not finite and into is None:  # the eager form says what is wrong
-                    self._finish_tile(self.deltas.tile(name, stored.start, stored.stop))
-                elif into is None and stored.stop == stop:
-                    self.sink.take_weights(name, start, out)  # type: ignore[attr-defined]
+                if into is not None:
+                    return
+                if not finite:
+                    self._say_what_is_wrong(name, stored)
+                if stored.stop == stop or stored.stop - first >= SEGMENT:
+                    self.sink.take_weights(name, first, out[: stored.stop - first])  # type: ignore[attr-defined]
+                    first = stored.stop
 
             return work
 
         if into is not None and not all(self._fits_into(place) for place in into.places.values()):
             return False
-        self._stored_pass(begin, self._finish_tile, "merging")
+        self._stored_pass(begin, self._finish_tile, "merging", width)
         return True
+
+    def _say_what_is_wrong(self, name: str, stored: Stored) -> None:
+        """Raises what the eager form says of results that are not finite in the output's dtype."""
+        start, stop = (0, self.deltas.infos[name].numel) if self.whole else (stored.start, stored.stop)
+        tile = self.deltas.tile(name, start, stop)
+        self._finish_tile(self._shaped(tile) if self.whole else tile)
+        raise NonFiniteError(name, f"the result of {self.stages[-1].name}", 1)
+
+    def _piece(self, width: int = 1) -> int:
+        """Elements that a compiled pass takes at a time: whole rows of this width, as many as stay in the cache."""
+        size = max(1, PIECES // (2 * (len(self.deltas.tasks) + 1) * CHUNK)) * CHUNK
+        return size if width == 1 else max(1, size // width) * width
 
     def _out(self, count: int, dtype: torch.dtype) -> Tensor:
         """Memory for finished weights that this thread uses again and again."""
@@ -557,13 +585,14 @@ class _Sweep:
         within = self._within()
         plain = isinstance(within, ModelDeltas | StackDeltas) and not within.masked
         on_cpu = self.options.device == "cpu" and not (isinstance(within, StackDeltas) and within.device.type != "cpu")
-        return plain and on_cpu and not self.whole and native.usable()
+        return plain and on_cpu and native.usable()
 
     def _stored_pass(
         self,
         begin: Callable[[str, int, int], "Callable[[Stored, Any], None] | None"],
         eager: Callable[[Tile], None],
         label: str,
+        width: Callable[[str], int] = lambda name: 1,
     ) -> None:
         """One pass that hands out tiles as they are stored, with room for their squares where these are not known yet.
 
@@ -571,12 +600,11 @@ class _Sweep:
             begin: gives the work to be done on the pieces of an item; None where it must be done on tiles.
             eager: the work on tiles, for that and for what compiled code cannot read (float64, float8).
             label: what to call it.
+            width: elements of a tensor that must stay together.
         """
         self.outcome.passes += 1
         first = not self._read_once
         source: Any = self._within()
-        size = max(1, PIECES // (2 * (len(self.deltas.tasks) + 1) * CHUNK)) * CHUNK
-        size = min(self.tile, size)
 
         def item(name: str, start: int, stop: int) -> None:
             info = self.deltas.infos[name]
@@ -588,6 +616,7 @@ class _Sweep:
                     eager(tile)
                 return
             watch = _Watch(self, name, start // SEGMENT) if first and not self.resident else None
+            size = self._piece(width(name))
             room = None if self.resident else self._room(size)
             for stored in source.pieces(name, start, stop, size, watch, room):
                 if self._stop.is_set():
@@ -602,7 +631,7 @@ class _Sweep:
     def _compiled_fold(self, fold: Fold) -> "Callable[[Stored, Any], tuple[Any, bool]] | None":
         """A fold's partial result from a tile as it is stored, and whether its base is finite; None: not known here."""
         told = formula_of(fold.of)
-        if told is None or self._chain or not self._compiles():
+        if told is None or self._chain or self.whole or not self._compiles():
             return None
         if told.name == "counts":
             values, brackets = values_of(told.numbers["of"]), told.numbers["brackets"]
@@ -793,7 +822,8 @@ class _Sweep:
             return torch.cat(parts, -1), True
         blocks = sample_blocks(self.deltas, sample.size)
         told = formula_of(sample.of)
-        values = None if told is None or self._chain or not self._compiles() else values_of(told)
+        compiles = not self._chain and not self.whole and self._compiles()
+        values = values_of(told) if told is not None and compiles else None
         if values is not None:
             return self._gathered(blocks, values, sample), False
         parts = [sample.of(self._through(self._on_device(self.deltas.tile(*block)))) for block in blocks]

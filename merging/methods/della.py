@@ -10,7 +10,7 @@ from merging.method import Density, NonNegative, Seed, merge_method, per_task
 from taskvec.deltas import Deltas, Tile
 from taskvec.draws import uniform
 from taskvec.errors import ParameterError
-from taskvec.plan import Kernel
+from taskvec.plan import Kernel, formula
 
 _BLOCK = 1 << 17  # elements sorted at once, so that keys and ranks stay in the cache
 
@@ -73,7 +73,9 @@ def della(
                     kept.mul_(float(row.double().abs().sum()) / left)
         return stack
 
-    return kernel
+    if rescale == "l1":
+        return kernel
+    return formula("rank drop", seed=seed, densities=densities, spreads=spreads, rescale=rescale)(kernel)
 
 
 def _probabilities(rows: Tensor, density: float, epsilon: float) -> Tensor:

@@ -28,6 +28,10 @@ RECIPES = {
     "dare, then trimmed": {"method": "ties", "parameters": {"density": 0.5}, "preprocess": ["dare"]},
     "breadcrumbs": {"method": "breadcrumbs", "parameters": {"density": 0.8, "gamma": 0.05}},
     "breadcrumbs, rescaled": {"method": "breadcrumbs", "parameters": {"density": 0.8, "gamma": 0.05, "rescale": True}},
+    "della": {"method": "della", "parameters": {"density": [0.5, 0.7, 1.0], "epsilon": 0.2}},
+    "della, not rescaled": {"method": "della", "parameters": {"rescale": False}, "weights": [0.3, -0.2, 1.1]},
+    "della, then ties": {"method": "ties", "parameters": {"density": 1.0}, "preprocess": ["della"], "statistics": "tensor"},
+    "della, then trimmed": {"method": "ties", "parameters": {"density": 0.4}, "preprocess": ["della"]},
     "equalized": {"method": "task_arithmetic", "preprocess": ["equalize"]},
     "slerp": {"method": "slerp", "parameters": {"t": 0.3}, "weights": [1.0, 1.0]},
     "nuslerp": {"method": "nuslerp", "weights": [1.0, 3.0]},
@@ -106,10 +110,33 @@ def test_scores_are_those_of_double_precision():
         assert float(((ours - truth).abs() / truth.abs().clamp(min=1e-30)).max()) < 2e-6
 
 
+@pytest.mark.parametrize("kind", ["few", "many", "zeros", "spread", "huge"])
+def test_ranks_of_any_row_are_those_of_a_stable_sort(kind, monkeypatch):
+    drawn = torch.Generator().manual_seed(11)
+    row = torch.randn(3, 3001, generator=drawn)
+    row = {
+        "few": row.mul(2).round(),
+        "many": row,
+        "zeros": row * (row.abs() > 1.5),
+        "spread": row * 10 ** (row.roll(1) * 8).clamp(-30, 30),
+        "huge": row * 1e37,
+    }[kind]
+    given = {"density": 0.5, "epsilon": 0.4}
+    ours = merge_stacks("della", {"w": row[:2, None]}, **given)
+    monkeypatch.setattr(native, "usable", lambda: False)
+    assert torch.equal(ours["w"], merge_stacks("della", {"w": row[:2, None]}, **given)["w"])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("method", "given"),
-    [("ties", {"density": 0.2}), ("magnitude", {"density": 0.4}), ("task_arithmetic", {}), ("dare", {"density": 0.5})],
+    [
+        ("ties", {"density": 0.2}),
+        ("magnitude", {"density": 0.4}),
+        ("task_arithmetic", {}),
+        ("dare", {"density": 0.5}),
+        ("della", {}),
+    ],
 )
 def test_a_merge_in_memory_has_the_bits_of_the_eager_form(method, given, dtype, monkeypatch):
     drawn = torch.Generator().manual_seed(5)
