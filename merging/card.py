@@ -18,7 +18,7 @@ def model_card(provenance: Mapping[str, Any], name: str, *, config: Mapping[str,
     yaml = YAML()
     yaml.default_flow_style = False
     recipe = provenance["recipe"]
-    paths = [recipe.get("base"), *(task["path"] for task in recipe["tasks"])]
+    paths = list(dict.fromkeys(_paths(recipe)))
     front: dict[str, Any] = {
         "base_model": [path for path in paths if path and not path.startswith((".", "/", "~"))] or None,
         "library_name": "transformers" if config.get("architectures") else None,
@@ -50,3 +50,11 @@ def model_card(provenance: Mapping[str, Any], name: str, *, config: Mapping[str,
     if provenance["warnings"]:
         lines += ["", "Warnings:", "", *(f"- {warning}" for warning in provenance["warnings"])]
     return "\n".join(lines) + "\n"
+
+
+def _paths(recipe: Any) -> list[str]:
+    """Every model that a recipe names, wherever in it."""
+    if isinstance(recipe, Mapping):
+        own = [recipe[key] for key in ("base", "path", "over") if isinstance(recipe.get(key), str)]
+        return own + [path for value in recipe.values() for path in _paths(value)]
+    return [path for item in recipe for path in _paths(item)] if isinstance(recipe, list) else []

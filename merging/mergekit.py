@@ -4,17 +4,22 @@ What mergekit lets pass in silence (misspelt keys, densities out of range, filte
 cancel) is refused here, and so is, by name, what this library does not do. Arithmetic is float32 whatever `dtype` says.
 """
 
-from collections.abc import Mapping
+import glob
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from merging.recipe import Recipe, parsed_yaml, plain
+from merging.recipe import Recipe, parsed_documents, plain
 from taskvec.errors import RecipeError, did_you_mean
 
 _TOP = {
     "merge_method", "models", "slices", "modules", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source",
-    "tokenizer", "chat_template", "name",
+    "tokenizer", "chat_template", "name", "out_path",
 }  # fmt: skip
+_SLICE = {"sources", "base_model", "parameters", "residual_weight"}
+_SOURCE = {"model", "layer_range", "parameters"}
+_MODULE = {"slices", "models", "parameters"}
 _NO_EFFECT = {"int8_mask"}  # saves memory there; nothing here depends on it
 
 # mergekit's name -> (our method, preprocess, parameters of a model, parameters of the whole)
@@ -48,10 +53,14 @@ _NAMES = {
 }  # fmt: skip
 _NORMALIZED = {"linear": True, "ties": True, "della": True}  # `normalize` unless told otherwise; false elsewhere
 _OWN_BASE = {"linear", "karcher"}  # a base_model there only lends its configuration
+_DEFAULTS = {"density": 1.0, "epsilon": 0.15, "gamma": 0.01}
+
+Scopes = Sequence[Mapping[str, Any]]
+"""`parameters` mappings, the one that wins first: a source's, its slice's, its module's, the whole's."""
 
 
 def read_mergekit(text: str, *, where: str = "recipe") -> Recipe:
-    """A mergekit YAML as a recipe of ours.
+    """A mergekit YAML as a recipe of ours; several documents (mergekit-multi's form) as one recipe with stages.
 
     Args:
         text: the YAML.
@@ -60,177 +69,447 @@ def read_mergekit(text: str, *, where: str = "recipe") -> Recipe:
     Raises:
         RecipeError: everything in it that is unknown, unsupported or contradictory, at once.
     """
-    data = plain(parsed_yaml(text, where))
+    documents = [plain(document) for document in parsed_documents(text, where)]
+    title = f"{where} (mergekit's form) cannot be used"
     problems: list[str] = []
+    found: list[tuple[str | None, dict[str, Any]]] = []
+    for at, data in enumerate(documents):
+        own: list[str] = []
+        made = _document(data, own, alone=len(documents) == 1) if isinstance(data, Mapping) else None
+        if made is None and not own:
+            own.append(f"is {type(data).__name__}, not a mapping of keys")
+        problems += [f"document {at + 1}: {problem}" if len(documents) > 1 else problem for problem in own]
+        if made is not None:
+            name = data.get("name", data.get("out_path")) if len(documents) > 1 else None
+            found.append((None if name is None else str(name), made))
+    if problems:
+        raise RecipeError(problems, title=title)
+    return Recipe.from_data(_joined(found, title), where=where)
+
+
+def _joined(found: Sequence[tuple[str | None, dict[str, Any]]], title: str) -> dict[str, Any]:
+    """The last merge, with those that are made before it as stages."""
+    if len(found) == 1:
+        return found[0][1]
+    names = [name for name, _ in found if name is not None]
+    used = {path for _, made in found for path in _paths_in(made)}
+    ends = [at for at, (name, _) in enumerate(found) if name is None or name not in used]
+    problems = [f"name: {name!r} is there twice" for name in sorted(set(names)) if names.count(name) > 1]
+    if len(ends) != 1:
+        what = ", ".join(found[at][0] or f"document {at + 1}" for at in ends) or "none"
+        problems.append(f"name: one merge is the result, used by no other; here that is {what}")
+    if problems:
+        raise RecipeError(problems, title=title)
+    stages = {name: made for at, (name, made) in enumerate(found) if at != ends[0]}
+    return {**found[ends[0]][1], "stages": stages}
+
+
+def _paths_in(made: Any) -> list[str]:
+    if isinstance(made, Mapping):
+        own = [made[key] for key in ("base", "path", "over") if isinstance(made.get(key), str)]
+        return own + [path for value in made.values() for path in _paths_in(value)]
+    return [path for item in made for path in _paths_in(item)] if isinstance(made, list) else []
+
+
+def _document(data: Mapping[str, Any], problems: list[str], *, alone: bool) -> dict[str, Any] | None:
     for key in data:
-        if key not in _TOP:
-            problems.append(f"{key}: mergekit has no such key." + did_you_mean(key, _TOP))
-    for key, why in (
-        ("slices", "stacking layers of several models is not supported; `models` merges whole ones"),
-        ("modules", "merging submodules apart is not supported; use `include` or `keep_base` patterns in our recipe"),
-        (
-            "tokenizer",
-            "building a tokenizer is not supported; `resize` in our recipe handles vocabularies of another size",
-        ),
-        ("chat_template", "replacing the chat template is not supported; the base's is copied"),
-    ):
-        if key in data and not (key == "chat_template" and data[key] == "auto"):
-            problems.append(f"{key}: {why}")
-    if data.get("tokenizer_source", "base") != "base":
-        problems.append(
-            f"tokenizer_source: {data['tokenizer_source']!r} is not supported; the base's tokenizer is copied"
-        )
+        if key not in _TOP or (key == "out_path" and alone):
+            problems.append(f"{key}: mergekit has no such key." + did_you_mean(key, _TOP - {"out_path"}))
     name = str(data.get("merge_method"))
     if name not in _METHODS:
         problems.append(
             f"merge_method: {name!r} is not a method of mergekit that is known here." + did_you_mean(name, _METHODS)
         )
-    if problems or name not in _METHODS:
-        raise RecipeError(problems, title=f"{where} (mergekit's form) cannot be used")
-    reader = _Reader(data, name, problems)
-    recipe = reader.recipe()
-    if problems:
-        raise RecipeError(problems, title=f"{where} (mergekit's form) cannot be used")
-    return Recipe.from_data(recipe, where=where)
+        return None
+    return _Reader(data, name, problems).recipe()
 
 
+@dataclass(frozen=True)
+class _Reference:
+    """A model as mergekit names it: path, revision, and an adapter over it."""
+
+    path: str
+    revision: str | None = None
+    adapter: str | None = None
+    adapter_revision: str | None = None
+
+    @classmethod
+    def read(cls, value: Any, where: str, problems: list[str]) -> "_Reference":
+        if isinstance(value, Mapping):
+            for key in value:
+                if key not in ("model", "lora"):
+                    why = " is not supported" if key == "override_architecture" else ": there is no such key"
+                    problems.append(f"{where}.{key}{why}")
+            model, lora = cls._one(value.get("model"), where, problems), value.get("lora")
+            if lora is None:
+                return cls(*model)
+            return cls(*model, *cls._one(lora, where, problems))
+        text = str(value)
+        if "+" in text and not Path(text).exists():
+            model_text, _, lora_text = text.partition("+")
+            return cls(*cls._one(model_text, where, problems), *cls._one(lora_text, where, problems))
+        return cls(*cls._one(text, where, problems))
+
+    @staticmethod
+    def _one(value: Any, where: str, problems: list[str]) -> tuple[str, str | None]:
+        if isinstance(value, Mapping):
+            revision = value.get("revision")
+            if "path" not in value:
+                problems.append(f"{where}: {dict(value)!r} names no path")
+            return str(value.get("path")), None if revision is None else str(revision)
+        text = str(value)
+        if "@" in text and not Path(text).exists():
+            path, _, revision = text.rpartition("@")
+            return path, revision
+        return text, None
+
+
+@dataclass
+class _Entry:
+    """One model of a merge, or of a slice of it."""
+
+    model: _Reference
+    scopes: list[Mapping[str, Any]]
+    layers: list[int] | None = None
+    where: str = "models"
+
+
+@dataclass
 class _Reader:
-    def __init__(self, data: Mapping[str, Any], name: str, problems: list[str]):
-        self.data, self.name, self.problems = data, name, problems
-        self.method, self.preprocess, self.per_model, self.whole = _METHODS[name]
-        self.top: dict[str, Any] = dict(data.get("parameters") or {})
-        self.base = data.get("base_model")
+    data: Mapping[str, Any]
+    name: str
+    problems: list[str]
+    base: _Reference | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.method, self.preprocess, self.per_model, self.whole = _METHODS[self.name]
+        self.top = self._parameters_of(self.data, "parameters", everywhere=True)
+        base = self.data.get("base_model")
+        self.base = None if base is None else _Reference.read(base, "base_model", self.problems)
+        if self.base is not None and self.base.adapter is not None:
+            self.problems.append(
+                "base_model: an adapter over a model cannot be the base; apply it first (`taskvec apply`)"
+            )
+
+    # -- the document ------------------------------------------------------------------------------------------------------
 
     def recipe(self) -> dict[str, Any]:
-        known = self.per_model | self.whole | _NO_EFFECT
-        for key in self.top:
-            if key not in known:
-                self.problems.append(f"parameters.{key}: {self.name} has no such parameter." + did_you_mean(key, known))
-        models = [self._model(entry) for entry in self.data.get("models") or []]
-        if not models:
-            self.problems.append("models: is missing or empty")
-        if self.base is not None and self.name not in _OWN_BASE:
-            # the base among the models is no task vector, as in mergekit
-            models = [(path, own) for path, own in models if path != self.base or own]
-        if self.name == "slerp" and self.base is not None:
-            models = [(str(self.base), {}), *((path, own) for path, own in models if path != self.base)]
-        parameters, steps = self._parameters(models)
-        found: dict[str, Any] = {
-            "tasks": [{"path": path, **self._weight(own, path)} for path, own in models],
-            "method": self.method,
-            "parameters": parameters,
-            "statistics": "tensor",
-        }
-        if steps:
-            found["preprocess"] = steps
-        if self.base is not None and self.name not in _OWN_BASE | {"slerp"}:
-            found["base"] = str(self.base)
-            if self.name in ("nuslerp", "multislerp"):
-                found["space"] = "delta"
-        if "lambda" in self.top:
-            found["scale"] = self._by_name(self.top["lambda"])
+        forms = [key for key in ("models", "slices", "modules") if self.data.get(key)]
+        if not forms:
+            self.problems.append("models: is missing or empty (so are slices and modules)")
+        elif len(forms) > 1:
+            self.problems.append(f"{' and '.join(forms)}: only one of them can be there")
+        found: dict[str, Any] = {}
+        if forms == ["models"]:
+            entries = self._models(self.data["models"], [self.top])
+            found = self._merge(entries, [self.top], "models")
+        elif len(forms) == 1:
+            found = {"method": self.method}
+            if forms == ["slices"]:
+                found["slices"] = self._slices(self.data["slices"], [self.top], "slices")
+            else:
+                found["modules"] = self._modules(self.data["modules"])
+            if self._needs_base:
+                assert self.base is not None
+                found |= self._base_of(self.base)
+        found["statistics"] = "tensor"
         stored = self.data.get("out_dtype") or self.data.get("dtype")
         if stored is not None:
             found["output"] = {"dtype": str(stored)}
+        return found | self._tokenizer()
+
+    def _slices(self, slices: Any, scopes: Scopes, where: str) -> list[dict[str, Any]]:
+        made = []
+        for at, cut in enumerate(slices if isinstance(slices, list) else [None]):
+            here = f"{where}.{at}"
+            if not isinstance(cut, Mapping) or not isinstance(cut.get("sources"), list) or not cut["sources"]:
+                self.problems.append(f"{here}: is not a mapping with `sources`")
+                continue
+            self._known(cut, _SLICE - {"residual_weight"}, here)
+            inner = [self._parameters_of(cut, f"{here}.parameters", everywhere=True), *scopes]
+            entries = []
+            for place, source in enumerate(cut["sources"]):
+                spot = f"{here}.sources.{place}"
+                if not isinstance(source, Mapping) or "model" not in source:
+                    self.problems.append(f"{spot}: {source!r} is not a mapping with `model`")
+                    continue
+                self._known(source, _SOURCE, spot)
+                span = source.get("layer_range")
+                if not (isinstance(span, list) and len(span) == 2 and all(type(n) is int for n in span)):
+                    self.problems.append(
+                        f"{spot}.layer_range: write the first layer and one past the last, as [0, 16]; found {span!r}"
+                    )
+                    continue
+                own = self._parameters_of(source, f"{spot}.parameters")
+                model = _Reference.read(source["model"], spot, self.problems)
+                entries.append(_Entry(model, [own, *inner], span, spot))
+            base = self.base
+            if cut.get("base_model") is not None:
+                base = _Reference.read(cut["base_model"], f"{here}.base_model", self.problems)
+            made.append(self._merge(entries, inner, here, base))
+        return made
+
+    def _modules(self, modules: Any) -> dict[str, Any]:
+        made: dict[str, Any] = {}
+        for name, module in modules.items() if isinstance(modules, Mapping) else [("", None)]:
+            here = f"modules.{name}"
+            if not isinstance(module, Mapping) or bool(module.get("slices")) == bool(module.get("models")):
+                self.problems.append(f"{here}: is not a mapping with either `slices` or `models`")
+                continue
+            self._known(module, _MODULE, here)
+            scopes = [self._parameters_of(module, f"{here}.parameters", everywhere=True), self.top]
+            if module.get("slices"):
+                made[str(name)] = {"slices": self._slices(module["slices"], scopes, f"{here}.slices")}
+            else:
+                made[str(name)] = self._merge(self._models(module["models"], scopes), scopes, here)
+        return made
+
+    def _models(self, models: Any, scopes: Scopes) -> list[_Entry]:
+        entries = []
+        for entry in models if isinstance(models, list) else [models]:
+            if not isinstance(entry, Mapping) or "model" not in entry:
+                self.problems.append(f"models: {entry!r} is not a mapping with `model`")
+                continue
+            self._known(entry, {"model", "parameters"}, "models")
+            model = _Reference.read(entry["model"], "models", self.problems)
+            entries.append(_Entry(model, [self._parameters_of(entry, str(model.path)), *scopes], None, str(model.path)))
+        return entries
+
+    def _known(self, entry: Mapping[str, Any], keys: set[str], where: str) -> None:
+        for key in entry:
+            if key not in keys:
+                why = "mergekit accepts it and does nothing" if key == "residual_weight" else "there is no such key"
+                self.problems.append(f"{where}.{key}: {why}." + did_you_mean(key, keys))
+
+    def _parameters_of(self, entry: Mapping[str, Any], where: str, *, everywhere: bool = False) -> dict[str, Any]:
+        """The parameters of a level; those of the whole merge only where `everywhere` says so."""
+        found = entry.get("parameters")
+        if found is None:
+            return {}
+        if not isinstance(found, Mapping):
+            self.problems.append(f"{where}: parameters are a mapping of keys, found {found!r}")
+            return {}
+        known = self.per_model | _NO_EFFECT | (self.whole if everywhere else set())
+        for key in found:
+            if key in known:
+                continue
+            if key in self.whole:
+                self.problems.append(f"{where}: {key} holds for the whole merge; put it under the top `parameters`")
+            elif everywhere:
+                self.problems.append(f"{where}.{key}: {self.name} has no such parameter." + did_you_mean(key, known))
+            else:
+                self.problems.append(
+                    f"{where}: {self.name} has no parameter {key!r}." + did_you_mean(key, self.per_model)
+                )
+        return dict(found)
+
+    # -- one merge ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def _needs_base(self) -> bool:
+        return self.base is not None and self.name not in _OWN_BASE | {"slerp"}
+
+    def _base_of(self, base: _Reference) -> dict[str, Any]:
+        found: dict[str, Any] = {"base": base.path}
+        if base.revision is not None:
+            found["base_revision"] = base.revision
+        if self.name in ("nuslerp", "multislerp"):
+            found["space"] = "delta"
         return found
 
-    def _model(self, entry: Any) -> tuple[str, dict[str, Any]]:
-        if not isinstance(entry, Mapping) or "model" not in entry:
-            self.problems.append(f"models: {entry!r} is not a mapping with `model`")
-            return "", {}
-        for key in entry:
-            if key not in ("model", "parameters"):
-                self.problems.append(
-                    f"models.{key}: there is no such key." + did_you_mean(key, ("model", "parameters"))
-                )
-        path = str(entry["model"])
-        if "+" in path and not Path(path).exists():
-            origin, _, adapter = path.partition("+")
-            if origin != str(self.base):
-                self.problems.append(
-                    f"{path}: an adapter over another model than the base; apply it first (`taskvec apply`)"
-                )
-            path = adapter
-        own = dict(entry.get("parameters") or {})
-        for key in own:
-            if key not in self.per_model | _NO_EFFECT:
-                if key in self.whole:
-                    self.problems.append(f"{path}: {key} holds for the whole merge; put it under the top `parameters`")
-                else:
-                    self.problems.append(
-                        f"{path}: {self.name} has no parameter {key!r}." + did_you_mean(key, self.per_model)
-                    )
-        return path, own
+    def _merge(
+        self, entries: list[_Entry], scopes: Scopes, where: str, base: _Reference | None = None
+    ) -> dict[str, Any]:
+        """Tasks, parameters and steps of the whole, of a slice or of a module."""
+        own = base is not None and base != self.base
+        base = base or self.base
+        found: dict[str, Any] = {}
+        sliced = any(entry.layers is not None for entry in entries)
+        if base is not None and self.name not in _OWN_BASE:
+            listed = [entry for entry in entries if entry.model == base]
+            if self.name == "slerp":
+                entries = [*listed, *(entry for entry in entries if entry.model != base)]
+                if not listed and not sliced:
+                    entries = [_Entry(base, list(scopes)), *entries]
+            elif self.name != "passthrough":
+                # the base among the models is no task vector, as in mergekit
+                entries = [entry for entry in entries if entry.model != base]
+                if sliced and listed:
+                    found["base_layers"] = listed[0].layers
+        if not entries:
+            self.problems.append(f"{where}: there is no model beside the base")
+        parameters, steps = self._parameters(entries, scopes)
+        found |= {"tasks": [self._task(entry, base) for entry in entries], "parameters": parameters}
+        if not sliced and where == "models":
+            found["method"] = self.method
+            if self._needs_base and base is not None:
+                found |= self._base_of(base)
+        elif own and base is not None and self.name not in _OWN_BASE | {"slerp"}:
+            found["base"] = base.path
+        elif self.name in ("nuslerp", "multislerp") and self._needs_base:
+            found["space"] = "delta"
+        if steps:
+            found["preprocess"] = steps
+        if "lambda" in self.whole and (scale := self._value("lambda", scopes)) is not None:
+            found["scale"] = scale
+        return found
 
-    def _weight(self, own: Mapping[str, Any], path: str) -> dict[str, Any]:
+    def _task(self, entry: _Entry, base: _Reference | None) -> dict[str, Any]:
+        model = entry.model
+        found: dict[str, Any] = {"path": model.path}
+        if model.revision is not None:
+            found["revision"] = model.revision
+        if model.adapter is not None:
+            origin = _Reference(model.path, model.revision)
+            found = {"path": model.adapter}
+            if model.adapter_revision is not None:
+                found["revision"] = model.adapter_revision
+            if origin != base or not self._needs_base:
+                found["over"] = model.path
+                if model.revision is not None:
+                    self.problems.append(f"{entry.where}: a revision of the model below an adapter is not supported")
+        if entry.layers is not None:
+            found["layers"] = entry.layers
         key = "scale" if self.name == "passthrough" else "weight"
-        if key not in self.per_model:
-            return {}
-        value = own.get(key, self.top.get(key))
-        if value is None:
-            if key == "weight":
-                self.problems.append(f"{path}: weight is missing (mergekit has no default for it)")
-            return {}
-        return {"weight": self._by_name(value)}
+        if key in self.per_model:
+            value = self._value(key, entry.scopes)
+            if value is not None:
+                found["weight"] = value
+            elif key == "weight":
+                self.problems.append(f"{entry.where}: weight is missing (mergekit has no default for it)")
+        return found
 
-    def _by_name(self, value: Any) -> Any:
-        """A number, a gradient, or filters with values, as our values by pattern."""
-        if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
-            found: dict[str, Any] = {}
+    def _value(self, key: str, scopes: Scopes, otherwise: Any = None) -> Any:
+        """What holds for a parameter: a number, a gradient, or values by pattern; None where nobody says anything.
+
+        A level whose filters leave tensors out passes those on to the next level, and the last one to the default.
+        """
+        patterns: dict[str, Any] = {}
+        for scope in scopes:
+            value = scope.get(key)
+            if value is None:
+                continue
+            if not (isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value)):
+                leaf = self._leaf(key, value)
+                return {**patterns, "default": leaf} if patterns else leaf
             for item in value:
-                pattern = "default" if item.get("filter") in (None, "*") else f"*{item['filter']}*"
-                found.setdefault(pattern, self._by_name(item.get("value")))
-            found.setdefault("default", 0.0)
-            return found
+                self._known(item, {"filter", "value"}, key)
+                leaf = self._leaf(key, item.get("value"))
+                if item.get("filter") in (None, "*"):
+                    return {**patterns, "default": leaf} if patterns else leaf
+                patterns.setdefault(f"*{glob.escape(str(item['filter']))}*", leaf)
+        if patterns:
+            # null: mergekit has no default, so a tensor that no filter matches is an error there, too
+            return {
+                **patterns,
+                "default": otherwise if otherwise is not None else 1.0 if key in ("lambda", "scale") else None,
+            }
+        return otherwise
+
+    def _leaf(self, key: str, value: Any) -> Any:
         if isinstance(value, list):
+            if not value or not all(isinstance(item, int | float) for item in value):
+                self.problems.append(f"{key}: a gradient is a list of numbers; found {value!r}")
             return {"gradient": value}
+        if not isinstance(value, bool | int | float):
+            self.problems.append(f"{key}: is neither a number nor a list; found {value!r}")
         return value
 
-    def _parameters(self, models: list[tuple[str, dict[str, Any]]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def _parameters(self, entries: Sequence[_Entry], scopes: Scopes) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         parameters: dict[str, Any] = {}
         step: dict[str, Any] = {"method": self.preprocess} if self.preprocess else {}
-        for key in ("density", "epsilon", "gamma"):
+        for key, default in _DEFAULTS.items():
             if key in self.per_model:
-                values = [own.get(key, self.top.get(key)) for _, own in models]
-                target = step if step else parameters
-                target.update(self._per_model(key, values))
+                values = [self._value(key, entry.scopes, default) for entry in entries]
+                same = all(value == values[0] for value in values)
+                (step if step else parameters)[key] = values[0] if same and values else values
         if self.method == "ties" and step:
             parameters["density"] = 1.0
-        rescale = self.top.get("rescale", self.name.startswith(("dare", "della")))
+        rescale = self._value("rescale", scopes, self.name.startswith(("dare", "della")))
         if self.preprocess in ("dare", "della"):
-            step["rescale"] = "l1" if rescale else False  # mergekit scales by a ratio of L1 norms
+            step["rescale"] = _mapped(
+                rescale, lambda on: "l1" if on else False
+            )  # mergekit scales by a ratio of L1 norms
         elif self.preprocess == "breadcrumbs":
-            step["rescale"] = bool(rescale)
+            step["rescale"] = _mapped(rescale, bool)
         elif self.name == "ties" and rescale:
-            step = {"method": "magnitude", "density": parameters["density"], "rescale": True}
+            step = {"method": "magnitude", "density": parameters["density"], "rescale": _mapped(rescale, bool)}
             parameters["density"] = 1.0
-        if "normalize" in self.whole:
-            parameters["normalize"] = bool(self.top.get("normalize", _NORMALIZED.get(self.name, False)))
-        for key, value in self.top.items():
-            if key in ("normalize", "rescale", "lambda", "eps") or key in self.per_model or key in _NO_EFFECT:
+        for key in self.whole - {"rescale", "lambda", "eps", "nuslerp_flatten", "nuslerp_row_wise"}:
+            value = self._value(key, scopes, _NORMALIZED.get(self.name, False) if key == "normalize" else None)
+            if value is None:
                 continue
-            if key in ("nuslerp_flatten", "nuslerp_row_wise"):
-                continue
-            if key == "filter_wise":
-                parameters["by"] = "row" if value else "tensor"
+            if key == "normalize":
+                parameters["normalize"] = _mapped(value, bool)
+            elif key == "filter_wise":
+                parameters["by"] = _mapped(value, lambda on: "row" if on else "tensor")
             elif self.name == "nearswap":
                 parameters["distance"] = value
             else:
-                parameters[_NAMES.get(key, key)] = self._by_name(value)
-        if self.name == "nuslerp" and not self.top.get("nuslerp_flatten", True):
-            parameters["by"] = "column" if self.top.get("nuslerp_row_wise", False) else "row"
-        if self.name == "slerp" and "t" not in self.top:
+                parameters[_NAMES.get(key, key)] = value
+        if self.name == "nuslerp":
+            flat, rows = self._value("nuslerp_flatten", scopes, True), self._value("nuslerp_row_wise", scopes, False)
+            if isinstance(rows, Mapping):
+                self.problems.append("nuslerp_row_wise: filters are not supported for it")
+            across = "column" if rows else "row"
+            if flat is not True:
+                parameters["by"] = _mapped(flat, lambda on: "tensor" if on else across)
+        if self.name in ("slerp", "nearswap") and not {"t", "distance"} & set(parameters):
             self.problems.append("parameters.t: is missing (mergekit has no default for it)")
         return parameters, [step] if step else []
 
-    def _per_model(self, key: str, values: list[Any]) -> dict[str, Any]:
-        default = {"density": 1.0, "epsilon": 0.15, "gamma": 0.01}[key]
-        filled = [default if value is None else value for value in values]
-        if all(not isinstance(value, list) for value in filled):
-            same = len(set(filled)) <= 1
-            return {key: filled[0] if same and filled else filled}
-        if any(value != filled[0] for value in filled):
+    # -- the tokenizer -----------------------------------------------------------------------------------------------------
+
+    def _tokenizer(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        legacy, spec, template = (self.data.get(key) for key in ("tokenizer_source", "tokenizer", "chat_template"))
+        if template is not None:
+            found["chat_template"] = str(template)
+        if legacy is not None and spec is not None:
+            self.problems.append("tokenizer_source, tokenizer: only one of them can be there")
+        if legacy is not None:
+            # there is one row for each token in mergekit, whatever padding the base had
+            found["tokenizer"] = {"source": str(legacy).removeprefix("model:"), "multiple_of": 1}
+        if spec is None:
+            return found
+        if not isinstance(spec, Mapping):
+            self.problems.append(f"tokenizer: is a mapping with `source`, found {spec!r}")
+            return found
+        self._known(spec, {"source", "tokens", "pad_to_multiple_of"}, "tokenizer")
+        tokens = spec.get("tokens") or {}
+        made: dict[str, Any] = {}
+        for token, rule in tokens.items() if isinstance(tokens, Mapping) else [("", tokens)]:
+            here = f"tokenizer.tokens.{token}"
+            if not isinstance(rule, Mapping) or "source" not in rule:
+                self.problems.append(f"{here}: is not a mapping with `source`")
+                continue
+            self._known(rule, {"source", "force"}, here)
+            made[str(token)] = {"source": self._token(rule["source"], here), "force": bool(rule.get("force", False))}
+        found["tokenizer"] = {
+            "source": _Reference.read(spec.get("source", "union"), "tokenizer.source", self.problems).path,
+            "multiple_of": spec.get("pad_to_multiple_of") or 1,
+            **({"tokens": made} if made else {}),
+        }
+        return found
+
+    def _token(self, source: Any, where: str) -> Any:
+        if not isinstance(source, Mapping) or "kind" not in source:
+            return _Reference.read(source, where, self.problems).path
+        kind = source["kind"]
+        if kind == "zero":
+            return "zero"
+        if kind != "model_token":
             self.problems.append(
-                f"{key}: gradients or filters that differ between the models are not supported; give one for all"
+                f"{where}.source.kind: {kind!r} is unknown." + did_you_mean(str(kind), ("zero", "model_token"))
             )
-        return {key: self._by_name(filled[0])}
+            return "zero"
+        self._known(source, {"kind", "model", "token", "token_id"}, f"{where}.source")
+        model = _Reference.read(source.get("model"), where, self.problems).path
+        return {"model": model, **{key: source[key] for key in ("token", "token_id") if source.get(key) is not None}}
+
+
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """The value with every number (or flag) of it changed."""
+    if isinstance(value, Mapping):
+        return {key: _mapped(item, change) for key, item in value.items()}
+    return change(value)

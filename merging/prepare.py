@@ -61,6 +61,7 @@ class Part:
         names: the tensors of the whole result, against which patterns are checked.
         depth: the layers over which gradients run, by tower.
         base_layers: the layers of the base that the part uses.
+        by_token: whether tables are lined up by token.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Part:
     names: Sequence[str] | None = None
     depth: Mapping[str, range] = field(default_factory=dict)
     base_layers: tuple[int, int] | None = None
+    by_token: bool = False
 
 
 @dataclass
@@ -305,7 +307,8 @@ def prepare(
             if _is_by_name(value)
         )
     _device(recipe, problems)
-    warnings += _tokenizers(donor, [(task.name, originals[task.name]) for task in tasks])
+    if not part.by_token:
+        warnings += _tokenizers(donor, [(task.name, originals[task.name]) for task in tasks])
     prepared = Prepared(
         recipe,
         chosen,

@@ -372,12 +372,14 @@ class Recipe(_Strict):
     @classmethod
     def from_text(cls, text: str, *, where: str = "recipe") -> "Recipe":
         """A recipe from YAML text."""
-        data = parsed_yaml(text, where)
-        if isinstance(data, Mapping) and "merge_method" in data:
+        documents = parsed_documents(text, where)
+        if any(isinstance(data, Mapping) and "merge_method" in data for data in documents):
             from merging.mergekit import read_mergekit
 
             return read_mergekit(text, where=where)
-        return cls.from_data(data, where=where)
+        if len(documents) > 1:
+            raise RecipeError(f"{len(documents)} documents; merges that come first stand under `stages`", title=where)
+        return cls.from_data(documents[0], where=where)
 
     @classmethod
     def from_data(cls, data: Any, *, where: str = "recipe") -> "Recipe":
@@ -407,8 +409,8 @@ class Recipe(_Strict):
 # -- YAML with line numbers ------------------------------------------------------------------------------------------------
 
 
-def parsed_yaml(text: str, where: str) -> Any:
-    """YAML as ruamel's commented mappings, which know their lines.
+def parsed_documents(text: str, where: str) -> list[Any]:
+    """The documents of a YAML text as ruamel's commented mappings, which know their lines; empty ones left out.
 
     Raises:
         RecipeError: a syntax error or a duplicate key, with its line.
@@ -417,7 +419,7 @@ def parsed_yaml(text: str, where: str) -> Any:
     from ruamel.yaml.error import YAMLError
 
     try:
-        return YAML(typ="rt").load(text)
+        return [found for found in YAML(typ="rt").load_all(text) if found is not None] or [None]
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark is not None else ""
@@ -511,7 +513,7 @@ __all__ = [
     "TaskSpec",
     "depth_of",
     "located",
-    "parsed_yaml",
+    "parsed_documents",
     "plain",
     "unmatched",
     "value_at",

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from merging.assembly import Assembly, assemble, in_order, staged
 from merging.card import model_card
-from merging.prepare import Prepared, prepare
+from merging.prepare import Opened, Prepared
 from merging.recipe import Recipe
 from taskvec import __version__
 from taskvec.adapter import Adapter
@@ -79,51 +80,102 @@ def merge(
         NonFiniteError: an input holds NaN or infinity; names tensor and task.
         OutputError: the output cannot be written.
     """
-    prepared = prepare(recipe, out, overwrite=overwrite)
-    for warning in prepared.warnings:
-        notice(f"warning: {warning}")
-    stages = prepared.stages()
-    before = _provenance(prepared)
-    companions, root = prepared.companions()
+    where = Path(os.path.abspath(os.path.expanduser(os.fspath(out))))
+    return _in_stages(recipe, where, _Run(overwrite, resume, progress, notice))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """How a merge is carried out, whatever it merges."""
+
+    overwrite: bool
+    resume: bool
+    progress: Callable[[Progress], None] | None
+    notice: Callable[[str], None]
+
+
+def _in_stages(recipe: Recipe, out: Path, run: _Run) -> Merged:
+    if not recipe.stages:
+        return _merged(assemble(recipe, out, overwrite=run.overwrite), out, run)
+    staged(recipe, out, overwrite=run.overwrite)  # whatever is wrong anywhere is told before anything is made
+    existing = next(folder for folder in out.parents if folder.exists())
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.stages-", dir=existing) as place:
+        made: dict[str, TensorSource] = {}
+        facts: dict[str, Any] = {}
+        for name, stage in in_order(recipe).items():
+            run.notice(f"stage {name}")
+            inner = assemble(stage, opened=Opened(made))
+            path = Path(place) / f"{len(made)}"
+            facts[name] = _merged(inner, path, _Run(False, False, run.progress, run.notice)).provenance
+            checkpoint = Checkpoint.open(path)
+            checkpoint.label = name
+            made[name] = checkpoint
+        last = recipe.model_copy(update={"stages": {}})
+        assembly = assemble(last, out, overwrite=run.overwrite, opened=Opened(made))
+        return _merged(assembly, out, run, recipe=recipe, stages=facts)
+
+
+def _merged(
+    assembly: Assembly,
+    out: Path,
+    run: _Run,
+    *,
+    recipe: Recipe | None = None,
+    stages: Mapping[str, Any] | None = None,
+) -> Merged:
+    for warning in assembly.warnings:
+        run.notice(f"warning: {warning}")
+    before = _provenance(assembly, recipe or assembly.recipe)
+    if stages:
+        before["stages"] = dict(stages)
+    companions, root = assembly.companions()
+    tasks = sum(len(part.tasks) + 1 for part in assembly.parts)
     with CheckpointWriter(
         out,
-        prepared.infos,
-        shard_size=recipe.output.shard_size,
+        assembly.infos,
+        shard_size=assembly.recipe.output.shard_size,
         metadata={"taskvec": json.dumps(before)},
-        reserve=4096 + 1024 * (len(prepared.tasks) + 1),
+        reserve=4096 + 1024 * tasks,
         companions=companions,
         companions_root=root,
-        inputs=prepared.input_paths(),
-        overwrite=overwrite,
-        fingerprint=_fingerprint(prepared),
-        resume=resume,
-        notice=notice,
+        inputs=assembly.input_paths(),
+        overwrite=run.overwrite,
+        fingerprint=_fingerprint(assembly),
+        resume=run.resume,
+        notice=run.notice,
     ) as writer:
-        aliases = _written_aliases(prepared)
-        options = prepared.options()
-        outcome = sweep(
-            prepared.deltas,
-            stages,
-            _Taking(prepared, writer, aliases),
-            scope=prepared.scope,
-            options=Options(options.memory, options.workers, options.device, options.tile, progress),
-            skip=frozenset(writer.done),
-        )
-        _copy_kept(prepared, writer)
+        outcomes = [_sweep_part(part, writer, run.progress) for part in assembly.parts]
         writer.settle()
-        _refuse_zero(prepared, outcome)
-        inputs = _inputs(prepared)
-        _refuse_other_base(prepared, inputs)
-        for source in (prepared.base, *prepared.originals.values()):
+        _refuse_zero(assembly, outcomes)
+        inputs = _inputs(assembly)
+        _refuse_other_base(assembly, inputs)
+        for _, source in assembly.sources():
             if isinstance(source, Checkpoint):
                 source.check_unchanged()
-        after = before | _findings(prepared, outcome, writer, inputs)
+        after = before | _findings(assembly, outcomes, writer, inputs)
         files: dict[str, str] = {
-            PROVENANCE: json.dumps(after | _outputs(prepared, writer), indent=2) + "\n",
-            "README.md": model_card(after, Path(os.fspath(out)).name, config=getattr(prepared.base, "config", {})),
+            **assembly.files,
+            PROVENANCE: json.dumps(after | _outputs(assembly, writer), indent=2) + "\n",
+            "README.md": model_card(after, out.name, config=assembly.config),
         }
         path = writer.finish(metadata={"taskvec": json.dumps(after)}, files=files)
     return Merged(path, after, after["warnings"])
+
+
+def _sweep_part(part: Prepared, writer: CheckpointWriter, progress: Callable[[Progress], None] | None) -> Outcome:
+    outcome = Outcome()
+    if part.merged:
+        options = part.options()
+        outcome = sweep(
+            part.deltas,
+            part.stages(),
+            _Taking(part, writer, _written_aliases(part)),
+            scope=part.scope,
+            options=Options(options.memory, options.workers, options.device, options.tile, progress),
+            skip=frozenset(writer.done),
+        )
+    _copy_kept(part, writer)
+    return outcome
 
 
 # -- one tile at a time ----------------------------------------------------------------------------------------------------
@@ -199,52 +251,59 @@ def _copy_kept(prepared: Prepared, writer: CheckpointWriter) -> None:
 # -- what is known beforehand, and what was found out ------------------------------------------------------------------------
 
 
-def _provenance(prepared: Prepared) -> dict[str, Any]:
-    recipe = prepared.recipe
-    return {
+def _provenance(assembly: Assembly, recipe: Recipe) -> dict[str, Any]:
+    found: dict[str, Any] = {
         "format": FORMAT,
         "version": 1,
         "taskvec": __version__,
         "recipe": recipe.data(),
-        "method": {
-            "name": prepared.method.name,
-            "paper": prepared.method.paper,
-            "parameters": prepared.parameters,
-            "statistics": prepared.scope,
-            "space": prepared.space,
-        },
+        "method": _method_facts(assembly.parts[0]),
         "seed": recipe.seed,
         "versions": {name: version(name) for name in ("torch", "safetensors", "numpy")}
         | {"python": platform.python_version()},
     }
+    if assembly.whole is None:
+        found["parts"] = {
+            name: {"method": _method_facts(part), "tensors": len(part.infos)}
+            for name, part in zip(assembly.names, assembly.parts)
+        }
+    return found
 
 
-def _fingerprint(prepared: Prepared) -> str:
+def _method_facts(part: Prepared) -> dict[str, Any]:
+    return {
+        "name": part.method.name,
+        "paper": part.method.paper,
+        "parameters": part.parameters,
+        "statistics": part.scope,
+        "space": part.space,
+    }
+
+
+def _fingerprint(assembly: Assembly) -> str:
     """What an output is made from: equal for two runs that would write the same bytes."""
+    recipe = assembly.recipe
     facts: list[Any] = [
         __version__,
         version("torch"),
-        prepared.recipe.data(),
-        {n: str(i) for n, i in prepared.infos.items()},
+        recipe.data(),
+        {n: str(i) for n, i in assembly.infos.items()},
     ]
-    for source in (prepared.base, *prepared.originals.values()):
+    if assembly.files:
+        facts.append(assembly.files)
+    for _, source in assembly.sources():
         for path in getattr(source, "files", ()) or [p for p in [getattr(source, "path", None)] if p is not None]:
             status = os.stat(path)
             facts.append([os.path.realpath(path), status.st_size, status.st_mtime_ns])
-    for path in (prepared.recipe.coefficients, prepared.recipe.masks):
+    for path in (recipe.coefficients, recipe.masks):
         if path is not None:
             facts.append([os.path.realpath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns])
     return blake2b(json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 
-def _inputs(prepared: Prepared) -> list[dict[str, Any]]:
-    labels = [spec.label for spec in prepared.recipe.tasks]
-    sources: list[tuple[str, TensorSource]] = [("base", prepared.base)] if prepared.has_base else []
-    if prepared.has_base and hasattr(prepared.base, "source"):
-        sources = [("base", _whole(prepared.base))]
-    sources += [(label, _whole(prepared.originals[label])) for label in labels]
+def _inputs(assembly: Assembly) -> list[dict[str, Any]]:
     found = []
-    for name, source in sources:
+    for name, source in assembly.sources():
         entry: dict[str, Any] = {"name": name, "path": source.label}
         if isinstance(source, Adapter):
             entry["content_hash"] = source.content_hash()
@@ -254,13 +313,6 @@ def _inputs(prepared: Prepared) -> list[dict[str, Any]]:
             entry["content_hash"] = content_hash(source)
         found.append(entry)
     return found
-
-
-def _whole(source: TensorSource) -> TensorSource:
-    """The source behind renaming, resizing and leaving out."""
-    while not isinstance(source, Checkpoint) and hasattr(source, "source"):
-        source = source.source
-    return source
 
 
 def file_hashes(source: Checkpoint) -> dict[str, str]:
@@ -274,10 +326,15 @@ def file_hashes(source: Checkpoint) -> dict[str, str]:
     }
 
 
-def _refuse_zero(prepared: Prepared, outcome: Outcome) -> None:
-    if prepared.space != "delta" or "zero_task" in prepared.recipe.allow:
+def _refuse_zero(assembly: Assembly, outcomes: Sequence[Outcome]) -> None:
+    if "zero_task" in assembly.recipe.allow:
         return
-    zero = [task.name for task, norm in zip(prepared.tasks, outcome.norms) if norm == 0]
+    moved: dict[str, bool] = {}
+    for part, outcome in zip(assembly.parts, outcomes):
+        if part.space == "delta":
+            for task, norm in zip(part.tasks, outcome.norms):
+                moved[task.name] = moved.get(task.name, False) or norm != 0
+    zero = [name for name, moves in moved.items() if not moves]
     if zero:
         raise RecipeError(
             [
@@ -288,9 +345,13 @@ def _refuse_zero(prepared: Prepared, outcome: Outcome) -> None:
         )
 
 
-def _refuse_other_base(prepared: Prepared, inputs: Sequence[Mapping[str, Any]]) -> None:
-    hashes = {entry["name"]: entry["content_hash"] for entry in inputs}
-    if "duplicate_task" not in prepared.recipe.allow:
+def _refuse_other_base(assembly: Assembly, inputs: Sequence[Mapping[str, Any]]) -> None:
+    prepared, recipe = assembly.whole, assembly.recipe
+    if prepared is None:
+        return  # layers of one model may come twice
+    by_source = {id(source): entry["content_hash"] for (_, source), entry in zip(assembly.sources(), inputs)}
+    hashes = {name: by_source[id(_bare(source))] for name, source in prepared.originals.items()}
+    if "duplicate_task" not in recipe.allow:
         seen: dict[str, str] = {}
         for task in prepared.tasks:
             other = seen.setdefault(hashes[task.name], task.name)
@@ -299,52 +360,74 @@ def _refuse_other_base(prepared: Prepared, inputs: Sequence[Mapping[str, Any]]) 
                     f"tasks: {other} and {task.name} have the same content. Give one a larger weight instead, or allow it "
                     "(`allow: [duplicate_task]`)"
                 )
-    if prepared.recipe.coefficients is not None:
+    if recipe.coefficients is not None:
         from taskvec.coefficients import Coefficients
 
-        learned = Coefficients.load(prepared.recipe.coefficients)
+        learned = Coefficients.load(recipe.coefficients)
         learned.check(
-            base_hash=hashes.get("base"),
-            task_hashes={t.name: hashes[t.name] for t in prepared.tasks},
-            source=prepared.recipe.coefficients,
+            base_hash=by_source[id(_bare(prepared.base))] if prepared.has_base else None,
+            task_hashes=hashes,
+            source=recipe.coefficients,
         )
 
 
+def _bare(source: Any) -> TensorSource:
+    """The source behind renaming, resizing and leaving out."""
+    while hasattr(source, "source"):
+        source = source.source
+    found: TensorSource = source
+    return found
+
+
 def _findings(
-    prepared: Prepared, outcome: Outcome, writer: CheckpointWriter, inputs: list[dict[str, Any]]
+    assembly: Assembly, outcomes: Sequence[Outcome], writer: CheckpointWriter, inputs: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    warnings = [*prepared.warnings, *outcome.warnings]
+    warnings = [*assembly.warnings]
+    for outcome in outcomes:
+        warnings += [warning for warning in outcome.warnings if warning not in warnings]
     warnings += [
-        f"{name}: {count} values saturated in {dtype_name(prepared.infos[name].dtype)}"
+        f"{name}: {count} values saturated in {dtype_name(assembly.infos[name].dtype)}"
         for name, count in writer.saturated.items()
     ]
-    norms = dict(zip((task.name for task in prepared.tasks), outcome.norms))
     found: dict[str, Any] = {"inputs": inputs}
-    if prepared.space == "delta":
-        found["norms"] = norms
-        sizes = [norm for norm in norms.values() if norm > 0]
+    norms: dict[str, dict[str, float]] = {}
+    for name, part, outcome in zip(assembly.names, assembly.parts, outcomes):
+        if part.space != "delta":
+            continue
+        norms[name] = dict(zip((task.name for task in part.tasks), outcome.norms))
+        sizes = [norm for norm in outcome.norms if norm > 0]
         if sizes and max(sizes) > 3 * min(sizes):
             warnings.append(
-                f"the norms of the task vectors differ by a factor of {max(sizes) / min(sizes):.1f}; the largest will dominate "
-                "(the `equalize` preprocess evens them out)"
+                f"{f'{name}: ' if name else ''}the norms of the task vectors differ by a factor of "
+                f"{max(sizes) / min(sizes):.1f}; the largest will dominate (the `equalize` preprocess evens them out)"
             )
-    kept = [n for n in prepared.kept if n in prepared.infos]
+    if norms:
+        found["norms"] = norms[""] if assembly.whole is not None else norms
+    kept = [n for part in assembly.parts for n in part.kept if n in part.infos]
+    facts = dict(zip(assembly.names, (outcome.facts for outcome in outcomes)))
     return found | {
-        "passes": outcome.passes,
-        "statistics": outcome.facts,
-        "tensors": {"merged": len(prepared.merged), "kept from the base": kept if len(kept) <= 64 else len(kept)},
+        "passes": max(outcome.passes for outcome in outcomes),
+        "statistics": facts[""] if assembly.whole is not None else facts,
+        "tensors": {
+            "merged": sum(len(part.merged) for part in assembly.parts),
+            "kept from the base": kept if len(kept) <= 64 else len(kept),
+        },
         "outputs": writer.shard_hashes(),
         "warnings": warnings,
     }
 
 
-def _outputs(prepared: Prepared, writer: CheckpointWriter) -> dict[str, Any]:
+def _outputs(assembly: Assembly, writer: CheckpointWriter) -> dict[str, Any]:
     from blake3 import blake3
 
-    companions, root = prepared.companions()
-    beside = {str(p.relative_to(root)) if root else p.name: blake3(p.read_bytes()).hexdigest() for p in companions}
+    companions, root = assembly.companions()
+    beside = {str(p.relative_to(root)) if root else p.name: p.read_bytes() for p in companions}
+    beside |= {name: text.encode() for name, text in assembly.files.items()}
     beside.pop("README.md", None)
-    return {"companions": beside, "digests": writer.digests()}
+    return {
+        "companions": {name: blake3(content).hexdigest() for name, content in beside.items()},
+        "digests": writer.digests(),
+    }
 
 
 # -- checking what was made --------------------------------------------------------------------------------------------------

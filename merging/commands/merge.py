@@ -9,7 +9,7 @@ import click
 from merging.commands.output import json_option, print_json, print_table, progress_bar, say
 
 if TYPE_CHECKING:
-    from merging.prepare import Prepared
+    from merging.assembly import Assembly
     from merging.recipe import Recipe
 
 _RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
@@ -221,27 +221,36 @@ def _write_adapter(
     print_json(report.as_dict()) if as_json else click.echo(str(report))
 
 
-def _check_rows(prepared: "Prepared") -> dict[str, Any]:
+def _check_rows(assembly: "Assembly") -> dict[str, Any]:
     from taskvec.writer import bytes_text
 
-    return {
+    prepared, several = assembly.parts[0], len(assembly.parts) > 1
+    found: dict[str, Any] = {
         "method": prepared.method.name,
         "parameters": prepared.parameters,
         "statistics": prepared.scope,
-        "tasks": [task.name for task in prepared.tasks],
-        "tensors merged": len(prepared.merged),
-        "tensors kept from the base": len(prepared.kept),
-        "elements merged": prepared.deltas.numel,
-        "passes": 1 if prepared.scope == "tensor" else prepared.passes(),
-        "bytes to read": bytes_text(prepared.bytes_to_read()),
-        "output": bytes_text(prepared.output_bytes()),
-        "peak working memory": bytes_text(prepared.peak_memory()),
+        "tasks": list(dict.fromkeys(task.name for part in assembly.parts for task in part.tasks)),
+        "tensors merged": sum(len(part.merged) for part in assembly.parts),
+        "tensors kept from the base": sum(len(part.kept) for part in assembly.parts),
+        "elements merged": sum(part.deltas.numel for part in assembly.parts),
+        "passes": assembly.passes(),
+        "bytes to read": bytes_text(assembly.bytes_to_read()),
+        "output": bytes_text(assembly.output_bytes()),
+        "peak working memory": bytes_text(assembly.peak_memory()),
         "weights": {
             name: [round(float(w), 6) for w in prepared.weights(name, 0, 1).reshape(len(prepared.tasks), -1)[:, 0]]
             for name in prepared.merged[:1]
         },
-        "warnings": prepared.warnings,
+        "warnings": assembly.warnings,
     }
+    if several:
+        found["parts"] = [
+            f"{name}: {part.method.name} of {' and '.join(task.name for task in part.tasks)}, {len(part.infos)} tensors"
+            for name, part in zip(assembly.names, assembly.parts)
+        ]
+    if assembly.files:
+        found["written anew"] = list(assembly.files)
+    return found
 
 
 @click.command()
@@ -250,19 +259,23 @@ def _check_rows(prepared: "Prepared") -> dict[str, Any]:
 @json_option
 def check(recipe_file: str, out: str | None, as_json: bool) -> None:
     """Report every problem of a recipe, and what it would cost. Reads headers only."""
-    from merging.prepare import prepare
+    from merging.assembly import staged
     from merging.recipe import Recipe
 
-    found = _check_rows(prepare(Recipe.load(recipe_file), out))
+    rows = {name: _check_rows(assembly) for name, assembly in staged(Recipe.load(recipe_file), out)}
+    found = rows.pop("")
     if as_json:
-        print_json({"ok": True, **found})
+        print_json({"ok": True, **found, **({"stages": rows} if rows else {})})
         return
-    for key, value in found.items():
-        if key == "warnings":
-            for warning in value:
-                say(f"warning: {warning}")
-        else:
-            click.echo(f"{key:28} {value if not isinstance(value, list) else ', '.join(map(str, value))}")
+    for name, stage in [*rows.items(), ("", found)]:
+        if rows:
+            click.echo(f"stage {name}" if name else "result")
+        for key, value in stage.items():
+            if key == "warnings":
+                for warning in value:
+                    say(f"warning: {warning}")
+            else:
+                click.echo(f"{key:28} {value if not isinstance(value, list) else ', '.join(map(str, value))}")
 
 
 @click.command()

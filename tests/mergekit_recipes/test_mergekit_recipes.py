@@ -1,6 +1,7 @@
 """mergekit's recipes, unchanged: its golden outputs come out of the files, and what it passes in silence is refused."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -69,16 +70,24 @@ def recipe(**changes):
         ({"models": [{"model": "inputs/ft1"}]}, "weight is missing"),
         ({"models": []}, "models: is missing or empty"),
         ({"models": [{"modle": "x"}]}, "is not a mapping with `model`"),
-        ({"slices": []}, "slices: stacking layers"),
-        ({"modules": {}}, "modules: merging submodules"),
-        ({"tokenizer": {"source": "union"}}, "tokenizer: building a tokenizer"),
-        ({"tokenizer_source": "union"}, "tokenizer_source: 'union' is not supported"),
-        ({"chat_template": "chatml"}, "chat_template: replacing"),
+        ({"slices": [{"sources": []}], "models": []}, "slices.0: is not a mapping with `sources`"),
+        ({"slices": [{"sources": [{"model": "x"}]}], "models": []}, "layer_range: write the first layer and one past the last"),
+        ({"slices": [{"sources": [{"model": "x", "layer_range": [0, 1]}], "residual_weight": 1}], "models": []}, "slices.0.residual_weight: mergekit accepts it and does nothing"),
+        ({"slices": [{"sources": []}]}, "models and slices: only one of them"),
+        ({"modules": {"default": {}}, "models": []}, "modules.default: is not a mapping with either"),
+        ({"tokenizer": "union"}, "tokenizer: is a mapping with `source`"),
+        ({"tokenizer": {"sorce": "union"}}, "tokenizer.sorce: there is no such key. Did you mean 'source'"),
+        ({"tokenizer": {"tokens": {"<a>": {"source": {"kind": "one"}}}}}, "tokenizer.tokens.<a>.source.kind: 'one' is unknown"),
+        ({"tokenizer": {}, "tokenizer_source": "union"}, "tokenizer_source, tokenizer: only one"),
+        ({"models": [{"model": "a", "parameters": {"weight": [{"pattern": "mlp", "value": 1}]}}]}, "weight.pattern: there is no such key"),
+        ({"models": [{"model": "a", "parameters": {"weight": "much"}}]}, "weight: is neither a number nor a list; found 'much'"),
+        ({"models": [{"model": {"model": "a", "override_architecture": "B"}, "parameters": {"weight": 1}}]}, "models.override_architecture is not supported"),
+        ({"base_model": "a+b"}, "base_model: an adapter over a model cannot be the base"),
         ({"merge_method": "slerp"}, "parameters.t: is missing"),
     ],
-)
+)  # fmt: skip
 def test_what_is_wrong_or_not_supported_is_refused_by_name(changes, words):
-    with pytest.raises(RecipeError, match=words.replace("(", r"\(").replace(")", r"\)").replace(".", r"\.")):
+    with pytest.raises(RecipeError, match=re.escape(words)):
         Recipe.from_text(recipe(**changes))
 
 
