@@ -110,44 +110,45 @@ static void sort_many(uint64_t *keys, int count, uint64_t *spare) {
     }
 }
 
-/* The rank of each magnitude within a row, equal ones sharing their mean rank. Buckets over the uppermost 8 powers of two
-   hold few entries each; what lies below falls into the first. `keys` and `ordered` have room for `width`. */
+/* The rank of each magnitude within a row, equal ones sharing their mean rank. Zeros, often most of a row in half
+   precision, come first and need no sorting; buckets over the uppermost 8 powers of two hold few of the others each, and
+   what lies below them has one. `keys` and `ordered` have room for `width`. */
 static void tv_rank(const uint32_t *bits, int width, uint64_t *keys, uint64_t *ordered, float *ranks) {
-    enum { LOG = 11, BUCKETS = 1 << LOG, SHIFT = 26 - LOG };
-    int places[BUCKETS + 1] = {0};
+    enum { LOG = 11, BUCKETS = (1 << LOG) + 1, SHIFT = 26 - LOG };
+    int places[BUCKETS + 1] = {0}, biggest = 0, count = 0;
     uint32_t largest = 0;
     for (int i = 0; i < width; i++) {
         uint32_t size = bits[i] & 0x7fffffffu;
         largest = size > largest ? size : largest;
+        keys[count] = (uint64_t)size << 32 | (uint32_t)i;
+        count += size != 0;
     }
-    uint32_t floor = largest >= (1u << 26) ? largest - (1u << 26) + 1 : 0;
-    for (int i = 0; i < width; i++) {
-        uint32_t size = bits[i] & 0x7fffffffu;
-        uint32_t bucket = size > floor ? (size - floor) >> SHIFT : 0;
-        keys[i] = bucket;
-        places[bucket + 1]++;
-    }
-    int biggest = 0;
+    const int zeros = width - count;
+    const uint32_t floor = largest >= (1u << 26) ? largest - (1u << 26) + 1 : 0;
+    for (int i = 0; i < width; i++) ranks[i] = (float)(zeros - 1) * 0.5f;
+    if (count == 0) return;
+#define BUCKET(key) ((uint32_t)((key) >> 32) > floor ? 1 + (((uint32_t)((key) >> 32) - floor) >> SHIFT) : 0)
+    for (int i = 0; i < count; i++) places[BUCKET(keys[i]) + 1]++;
     for (int b = 0; b < BUCKETS; b++) biggest = places[b + 1] > biggest ? places[b + 1] : biggest;
     for (int b = 0; b < BUCKETS; b++) places[b + 1] += places[b];
-    for (int i = 0; i < width; i++)
-        ordered[places[keys[i]]++] = (uint64_t)(bits[i] & 0x7fffffffu) << 32 | (uint32_t)i;
+    for (int i = 0; i < count; i++) ordered[places[BUCKET(keys[i])]++] = keys[i];
+#undef BUCKET
     if (biggest > 48) {
         for (int b = 0, first = 0; b < BUCKETS; first = places[b++]) { /* places now hold where each bucket ends */
-            int held = places[b] - first, sorted = 1; /* as equal ones are, which half precision makes many of */
+            int held = places[b] - first, sorted = 1; /* as equal ones are */
             if (held <= 48) continue;
             for (int i = first + 1; i < first + held; i++) sorted &= ordered[i - 1] <= ordered[i];
             if (!sorted) sort_many(ordered + first, held, keys);
         }
     }
-    sort_few(ordered, width); /* no entry is far from its place */
+    sort_few(ordered, count); /* no entry is far from its place */
     int32_t *firsts = (int32_t *)keys;
-    for (int i = 1, first = firsts[0] = 0; i < width; i++) {
+    for (int i = 1, first = firsts[0] = 0; i < count; i++) {
         first = ordered[i] >> 32 == ordered[i - 1] >> 32 ? first : i;
         firsts[i] = first;
     }
-    for (int i = width - 1, last = i; i >= 0; i--) {
-        ranks[(uint32_t)ordered[i]] = (float)(firsts[i] + last) * 0.5f;
+    for (int i = count - 1, last = i; i >= 0; i--) {
+        ranks[(uint32_t)ordered[i]] = (float)(2 * zeros + firsts[i] + last) * 0.5f;
         last = i > 0 && ordered[i] >> 32 != ordered[i - 1] >> 32 ? i - 1 : last;
     }
 }
