@@ -186,6 +186,7 @@ TASKS = {
 QUICK_TASKS = ("mnist", "digits")
 
 
+@cache
 def load_task(name: str) -> Splits:
     """Train, validation and test images of a task; the same on every machine. Read from the packages once."""
     file = root() / "data" / f"{name}.safetensors"
@@ -259,7 +260,17 @@ def heads(name: str) -> Tensor:
 
 def logits(model: nn.Module, images: Tensor, head: Tensor) -> Tensor:
     device = next(model.parameters()).device
-    return LOGIT_SCALE * functional.normalize(model(pixels(images).to(device)), dim=1) @ head.to(device).T
+    return LOGIT_SCALE * functional.normalize(model(pixels(images.to(device))), dim=1) @ head.to(device).T
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, name: str, split: str = "test", limit: int | None = None) -> float:
+    """Fraction of a split that a model in memory gets right."""
+    rows = getattr(load_task(name), split)
+    images, labels = rows.images[:limit], rows.labels[:limit]
+    size = 100 if DEVICE.type == "cpu" else 600
+    guesses = torch.cat([logits(model, part, heads(name)).argmax(1).cpu() for part in images.split(size)])
+    return float((guesses == labels).float().mean())
 
 
 def evaluate(
@@ -273,14 +284,8 @@ def evaluate(
         tasks: which tasks; all of them by default.
         limit: only the first so many rows of each split.
     """
-    model, found = load(folder), {}
-    for name in TASKS if tasks is None else tasks:
-        rows = getattr(load_task(name), split)
-        images, labels = rows.images[:limit], rows.labels[:limit]
-        with torch.inference_mode():
-            guesses = torch.cat([logits(model, part, heads(name)).argmax(1).cpu() for part in images.split(100)])
-        found[name] = float((guesses == labels).float().mean())
-    return found
+    model = load(folder)
+    return {name: accuracy(model, name, split, limit) for name in (TASKS if tasks is None else tasks)}
 
 
 def build(quick: bool = False) -> dict[str, Path]:

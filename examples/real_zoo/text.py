@@ -376,7 +376,7 @@ def heads(name: str) -> Tensor:
 def _rows(name: str, split: str, limit: int | None) -> list[tuple[dict[str, Tensor], Tensor]]:
     # sorted by length: less padding; the result does not depend on it
     examples = sorted(getattr(load_task(name), split)[:limit], key=lambda example: len(example.text))
-    return tokens(examples, size=64)
+    return tokens(examples, size=64 if DEVICE.type == "cpu" else 256)
 
 
 @torch.inference_mode()

@@ -80,7 +80,7 @@ def fisher_diagonal(
             scores = scores.reshape(-1, scores.shape[-1])
             chances = scores.detach().exp()
             if labels == "sampled":
-                drawn = torch.multinomial(chances.cpu(), 1, generator=generator).to(scores.device)
+                drawn = _drawn(chances, generator)
                 objectives = [(scores.gather(1, drawn).sum(), 1.0)]
             else:
                 if len(scores) > 1:
@@ -99,6 +99,13 @@ def fisher_diagonal(
     found = {name: total.div_(count).float().cpu() for name, total in totals.items()}
     square = sum(float(value.double().square().sum()) for value in found.values())
     return _saved(found, out, "fisher", count, overwrite, norm=square**0.5)
+
+
+def _drawn(chances: Tensor, generator: torch.Generator) -> Tensor:
+    """One class for each row, [row, 1]: inverse transform, since multinomial would take a vocabulary to the CPU."""
+    steps = chances.double().cumsum(-1)
+    uniform = torch.rand(len(chances), 1, generator=generator, dtype=torch.float64).to(steps.device)
+    return (steps <= uniform * steps[:, -1:]).sum(-1, keepdim=True).clamp_(max=chances.shape[-1] - 1)
 
 
 # -- Gram matrices of inputs -------------------------------------------------------------------------------------------
