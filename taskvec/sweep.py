@@ -36,6 +36,7 @@ TILE = 1 << 19  # elements a task: with smaller ones threads wait for each other
 TILE_RESIDENT = 1 << 24  # on a GPU launches cost more than cache misses
 PIECES = 5 << 18  # bytes of all inputs that a compiled pass takes at a time: they stay in the second-level cache
 SAMPLE_BLOCK = 256
+STREAMS = 8  # tensors that a GPU decomposes side by side: one alone leaves it waiting for launches
 
 Role = Literal["preprocess", "combine", "postprocess"]
 Unit = Literal["element", "tensor"]
@@ -187,10 +188,15 @@ class _Sweep:
         there = options.device != "cpu" or _on_gpu(deltas)
         self.tile = -(-(options.tile or (TILE_RESIDENT if there else TILE)) // CHUNK) * CHUNK
         self.workers = max(1, options.workers or len(os.sched_getaffinity(0)))
-        if there:
+        self._streams = _on_gpu(deltas) and self.whole
+        if self._streams:
+            self.workers = options.workers or min(self.workers, STREAMS)
+        elif there:
             self.workers = 1 if self.resident else max(2, self.workers)
-        # stacks on a GPU take no host memory
-        memory = options.memory if options.memory is not None else 1 << 62 if _on_gpu(deltas) else free_memory() // 4
+        memory = options.memory
+        if memory is None and _on_gpu(deltas):  # which take no host memory
+            memory = torch.cuda.mem_get_info(deltas.device)[0] * 3 // 4 if self.whole else 1 << 62  # type: ignore[attr-defined]
+        memory = free_memory() // 4 if memory is None else memory
         if not there and options.tile is None:
             least = CHUNK * 4 * (4 * len(deltas.tasks) + 4) * self.workers
             while self.tile > CHUNK and self.tile // CHUNK * least > memory // 3:
@@ -234,7 +240,7 @@ class _Sweep:
             if not self._merged_fused() and not self._merged_compiled():
                 self._pass(self._finish_tile, "merging")
             self._late_reports()
-        else:
+        elif not self._in_step():
             self.outcome.passes = 1
             self._parallel(
                 [(name, 0, self.deltas.infos[name].numel) for name in self._largest_first()],
@@ -295,10 +301,8 @@ class _Sweep:
             self._finish_tile(self.deltas.tile(name, start, stop))
             return
         need = (stop - start) * 4 * (len(self.deltas.tasks) + 2)
-        if self.whole:
-            need = self._whole_bytes(stop - start)
-        elif self._keep_budget == 0:
-            need = 0
+        if self.whole or self._keep_budget == 0:
+            need = 0  # passes over whole tensors ask for their memory themselves
         with self._gate(need) as fits:
             small = _TensorSweep(self, name, keep=fits and need > 0)
             small.run()
@@ -440,6 +444,55 @@ class _Sweep:
 
         self._parallel(self._segments(), item, "merging")
         self.outcome.passes += 1
+        return True
+
+    def _in_step(self) -> bool:
+        """Tensors on a GPU whose own inner products say how to combine them: their plans in step, one launch for all."""
+        if self.whole or self.skip or len(self.stages) > 1 or not isinstance(self.sink, Into) or not self.resident:
+            return False
+        assert isinstance(self.deltas, StackDeltas)
+        stacks, there = self.deltas.on_gpu(), _resident_on_gpu(self.deltas)
+        if stacks is None or there is None:
+            return False
+        from taskvec import fused
+
+        (stage,) = self.stages
+        reports: list[tuple[Report, str]] = []
+
+        def next_of(plan: Any, answer: Any, name: str) -> Any:
+            try:
+                while isinstance(request := plan.send(answer), Report):
+                    reports.append((request, name))
+                    answer = None
+            except StopIteration as done:
+                return done.value
+            return request
+
+        plans = {name: stage.start(self.deltas.only(name)) for name, _, _ in stacks}
+        if len(self.deltas.tasks) > fused.MOST_PRODUCTS or not all(isinstance(p, Iterator) for p in plans.values()):
+            return False
+        for name, plan in plans.items():
+            asked = next_of(plan, None, name)
+            told = formula_of(asked.of) if isinstance(asked, Fold) else None
+            if told is None or told.name != "gram":
+                return False
+        products = there.gram()
+        if not all(bool(torch.isfinite(found).all()) for found in products.values()):
+            return False  # what is wrong is found tensor by tensor
+        chosen = []
+        for name, rows, weights in stacks:
+            kernel = next_of(plans[name], [exact(value) for value in products[name].flatten().tolist()], name)
+            told = formula_of(kernel) if callable(kernel) else None
+            if told is None or told.name != "combination":
+                return False
+            chosen.append(fused.Entry(name, rows, None, told.numbers["coefficients"](weights)))
+        self._fused = fused.Resident(chosen)
+        self._fused.merge(Formula("weighted sum", {}), self.sink.places, self.sink.scale)
+        self._after_fused()
+        self.outcome.passes = 1
+        for report, name in reports:
+            facts = report.facts() if callable(report.facts) else report.facts
+            self._report(stage, Report(facts), name)
         return True
 
     def _segments(self) -> list[tuple[str, int, int]]:
@@ -872,9 +925,12 @@ class _Sweep:
         queue = iter(range(len(items)))
         step = self.outcome.passes
 
+        streams = self._streams and self.workers > 1
+        ready = torch.cuda.current_stream() if streams else None
+
         def worker() -> None:
             nonlocal done
-            with _single_threaded():
+            with _single_threaded(), _stream_after(ready):
                 while not self._stop.is_set():
                     with self._lock:
                         index = next(queue, None)
@@ -916,7 +972,7 @@ class _TensorSweep(_Sweep):
         super().__init__(deltas, outer.stages, outer.sink, "model", options, outer.skip)
         self.outer, self.name, self.resident = outer, name, outer.resident
         self._keep_budget = 0 if outer.resident or not keep else 1 << 62
-        self._stop, self._digests, self._local = outer._stop, outer._digests, outer._local
+        self._stop, self._digests, self._local, self._gate = outer._stop, outer._digests, outer._local, outer._gate
 
     def run(self) -> Outcome:
         for stage in self.stages:
@@ -1105,6 +1161,19 @@ def _single_threaded() -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def _stream_after(ready: Any) -> Iterator[None]:
+    """A stream of this thread's own, after what `ready` has under way; done with when left. None: the current stream."""
+    if ready is None:
+        yield
+        return
+    own = torch.cuda.Stream(ready.device)
+    own.wait_stream(ready)
+    with torch.cuda.stream(own):
+        yield
+    own.synchronize()
 
 
 def _is_finite(values: Tensor) -> bool:
