@@ -173,7 +173,7 @@ def assemble(
         RecipeError: everything that is wrong, at once.
     """
     opened = opened or Opened()
-    if recipe.is_whole and recipe.tokenizer is None and recipe.chat_template is None:
+    if recipe.is_whole and not any((recipe.tokenizer, recipe.chat_template, recipe.donor)):
         prepared = prepare(recipe, out, overwrite=overwrite, opened=opened)
         return Assembly(recipe, [""], [prepared], prepared.base, prepared.infos, warnings=prepared.warnings)
     problems, warnings = Problems(), list[str]()
@@ -184,7 +184,9 @@ def assemble(
     vocabularies = None
     if recipe.tokenizer is not None:
         models = _models(pieces, opened)
-        vocabularies = Vocabularies.planned(recipe.tokenizer, models, _donor_path(recipe), recipe.base, problems)
+        vocabularies = Vocabularies.planned(
+            recipe.tokenizer, models, _donor_path(recipe), recipe.base or recipe.donor, problems
+        )
         problems.raise_if_any(RecipeError)
     everything = None if recipe.is_whole else [name for piece in pieces for name in piece.names]
     parts: list[Prepared] = []
@@ -249,7 +251,7 @@ def in_order(recipe: Recipe) -> dict[str, Recipe]:
 
 def models_of(recipe: Recipe) -> list[str]:
     """Every model that a recipe names."""
-    paths = [recipe.base, *(part.base for part in [*recipe.slices, *recipe.modules.values()])]
+    paths = [recipe.base, recipe.donor, *(part.base for part in [*recipe.slices, *recipe.modules.values()])]
     paths += [part.base for module in recipe.modules.values() for part in module.slices]
     for task in _all_tasks(recipe):
         paths += [task.path, task.over]
@@ -297,8 +299,8 @@ def _tell(told: Sequence[tuple[str, list[str]]], problems: Problems) -> None:
 
 
 def _donor_path(recipe: Recipe) -> str:
-    if recipe.base is not None:
-        return recipe.base
+    if recipe.donor is not None or recipe.base is not None:
+        return str(recipe.donor or recipe.base)
     first = next(iter(_all_tasks(recipe)))
     return first.over or first.path
 
@@ -314,7 +316,8 @@ def _all_tasks(recipe: Recipe) -> list[TaskSpec]:
 
 def _donor(recipe: Recipe, opened: Opened, problems: Problems) -> TensorSource | None:
     try:
-        return opened(_donor_path(recipe), recipe.base_revision if recipe.base is not None else None)
+        path = _donor_path(recipe)
+        return opened(path, recipe.base_revision if path == recipe.base else None)
     except TaskvecError as error:
         problems.add(str(error))
         return None
@@ -323,6 +326,9 @@ def _donor(recipe: Recipe, opened: Opened, problems: Problems) -> TensorSource |
 def _models(pieces: Sequence[_Piece], opened: Opened) -> dict[str, TensorSource]:
     """The whole models of the recipe by path, the base first, under the names that the recipe gives their tensors."""
     found: dict[str, TensorSource] = {}
+    donor = next((piece.recipe.donor for piece in pieces), None)
+    if donor is not None:
+        found[donor] = opened(donor)
     for piece in pieces:
         if piece.recipe.base is not None:
             found.setdefault(piece.recipe.base, opened(piece.recipe.base, piece.recipe.base_revision))

@@ -52,7 +52,7 @@ _NAMES = {
     "normalize_weights": "normalize",
 }  # fmt: skip
 _NORMALIZED = {"linear": True, "ties": True, "della": True}  # `normalize` unless told otherwise; false elsewhere
-_OWN_BASE = {"linear", "karcher"}  # a base_model there only lends its configuration
+_OWN_BASE = {"linear", "karcher"}  # a base_model there is a model like the others, which also lends its configuration
 _DEFAULTS = {"density": 1.0, "epsilon": 0.15, "gamma": 0.01}
 
 Scopes = Sequence[Mapping[str, Any]]
@@ -213,6 +213,8 @@ class _Reader:
                 assert self.base is not None
                 found |= self._base_of(self.base)
         found["statistics"] = "tensor"
+        if self.base is not None and not self._needs_base:
+            found["donor"] = self.base.path
         stored = self.data.get("out_dtype") or self.data.get("dtype")
         if stored is not None:
             found["output"] = {"dtype": str(stored)}
@@ -307,7 +309,7 @@ class _Reader:
 
     @property
     def _needs_base(self) -> bool:
-        return self.base is not None and self.name not in _OWN_BASE | {"slerp"}
+        return self.base is not None and self.name not in _OWN_BASE | {"slerp", "passthrough"}
 
     def _base_of(self, base: _Reference) -> dict[str, Any]:
         found: dict[str, Any] = {"base": base.path}
@@ -332,10 +334,15 @@ class _Reader:
                 if not listed and not sliced:
                     entries = [_Entry(base, list(scopes)), *entries]
             elif self.name != "passthrough":
-                # the base among the models is no task vector, as in mergekit
+                # the base among the models is no task vector, as in mergekit, whatever parameters it has
                 entries = [entry for entry in entries if entry.model != base]
                 if sliced and listed:
                     found["base_layers"] = listed[0].layers
+        elif base is not None and self.name in _OWN_BASE and not sliced and all(e.model != base for e in entries):
+            entries = [
+                *entries,
+                _Entry(base, list(scopes), where=f"base_model {base.path}"),
+            ]  # one model among the others there
         if not entries:
             self.problems.append(f"{where}: there is no model beside the base")
         parameters, steps = self._parameters(entries, scopes)
@@ -344,7 +351,7 @@ class _Reader:
             found["method"] = self.method
             if self._needs_base and base is not None:
                 found |= self._base_of(base)
-        elif own and base is not None and self.name not in _OWN_BASE | {"slerp"}:
+        elif own and base is not None and self.name not in _OWN_BASE | {"slerp", "passthrough"}:
             found["base"] = base.path
         elif self.name in ("nuslerp", "multislerp") and self._needs_base:
             found["space"] = "delta"

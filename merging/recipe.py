@@ -291,6 +291,8 @@ class Recipe(_Strict):
         slices: instead of `tasks`: the layers of the result from top to bottom, each slice with its own models.
         modules: instead of `tasks`: name of a tower (`vision_model`) to how it is merged; what no module claims stays the
             base's (without a base, the first model's).
+        donor: the model that lends its configuration, tokenizer and the other files beside its weights; default: the base, or
+            without one the first model.
         tower: where the numbered layers are (`model.layers`), if there are several towers.
         tokenizer: the vocabulary of the result; default: the base's files are copied and embeddings merged by row.
         chat_template: "auto" (the models' most common one), a name that is known here, or a Jinja template.
@@ -322,6 +324,7 @@ class Recipe(_Strict):
     allow: list[Literal["zero_task", "duplicate_task", "layer_pattern"]] = Field(default_factory=list)
     slices: list[SliceSpec] = Field(default_factory=list)
     modules: dict[str, ModuleSpec] = Field(default_factory=dict)
+    donor: str | None = None
     tower: str | None = None
     tokenizer: Annotated[TokenizerSpec | None, BeforeValidator(_as_tokenizer)] = None
     chat_template: str | None = None
