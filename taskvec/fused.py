@@ -34,6 +34,8 @@ PAD = 32  # one counter per 128 bytes
 RUN = 4  # neighbouring elements of a sample: half a sector, and almost independent draws
 SAMPLE = 1 << 18
 LEAST = 1 << 17  # elements below which a merge is not worth fusing; there statistics come from a sort
+GRAM_BLOCK = 8192  # so many elements share one sum over threads
+MOST_PRODUCTS = 16  # tasks whose products with each other fit the registers
 MOST_TASKS = 32  # kernels are unrolled over tasks
 DIGIT = 2048  # bins of one radix digit
 
@@ -300,6 +302,30 @@ class Resident:
                 keeps = numbers["keeps"][task]
                 table[task, 4:7] = cut, top - cut, _inverse(top - cut) if keeps else 0.0
         return self._there(table)[0]
+
+    # -- inner products ---------------------------------------------------------------------------------------------------
+
+    def gram(self) -> dict[str, Tensor]:
+        """For each tensor the inner products between its rows, float64 [task, task] on the host: one pass over all."""
+        padded = max(2, 1 << (self.tasks - 1).bit_length())
+        tilings, tiles = self._tilings(GRAM_BLOCK)
+        products = torch.empty(tiles, padded, padded, dtype=torch.float64, device=self.device)
+        sums, names = [], []
+        for group, tiling in tilings:
+            t = group.tables
+            with self._here():
+                kernels.gram_kernel[(tiling.tiles,)](
+                    t["rows"], t["bases"], t["sizes"], tiling.tensor, tiling.start, products, tiling.first,
+                    TASKS=self.tasks, PADDED=padded, **self._types(group), BLOCK_=GRAM_BLOCK,
+                    STEP=max(8, 4096 // padded**2), num_warps=4,
+                )  # fmt: skip
+            counts = [-(-entry.numel // GRAM_BLOCK) for entry in group.entries]
+            (lengths,) = self._there(np.array(counts, np.int64))
+            part = products[tiling.first : tiling.first + tiling.tiles]
+            sums.append(torch.segment_reduce(part, "sum", lengths=lengths, axis=0, unsafe=True))
+            names += [entry.name for entry in group.entries]
+        told = torch.cat(sums)[:, : self.tasks, : self.tasks].cpu()
+        return dict(zip(names, told))
 
     # -- the merge -----------------------------------------------------------------------------------------------------
 

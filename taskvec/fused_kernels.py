@@ -556,6 +556,47 @@ def merge_kernel(
     tl.store(pointer + element, merged.to(OUT), mask=inside)
 
 
+@triton.jit(do_not_specialize=["first"])
+def gram_kernel(
+    rows,
+    bases,
+    sizes,
+    tile_tensor,
+    tile_start,
+    products,
+    first,
+    TASKS: tl.constexpr,
+    PADDED: tl.constexpr,
+    STORED: tl.constexpr,
+    BASED: tl.constexpr,
+    BASE_STORED: tl.constexpr,
+    ALIGN: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Inner products between the rows of one tile, in float64."""
+    tile = tl.program_id(0)
+    tensor = tl.load(tile_tensor + tile).to(tl.int64)
+    start = tl.multiple_of(tl.load(tile_start + tile), BLOCK_)
+    size = tl.multiple_of(tl.load(sizes + tensor), EVEN)
+    task = tl.arange(0, PADDED)
+    places = tl.load(rows + tensor * TASKS + task, mask=task < TASKS, other=0).to(tl.pointer_type(STORED))
+    total = tl.zeros([PADDED, PADDED, STEP], dtype=tl.float64)
+    for step in range(BLOCK_ // STEP):
+        element = start + step * STEP + tl.arange(0, STEP)
+        inside = element < size
+        there = (task < TASKS)[:, None] & inside[None, :]
+        x = tl.load(places[:, None] + element[None, :], mask=there, other=0.0).to(tl.float32)
+        if BASED:
+            x = tl.where(there, x - _row(tl.load(bases + tensor), element, inside, BASE_STORED, ALIGN)[None, :], 0.0)
+        wide = x.to(tl.float64)
+        total += wide[:, None, :] * wide[None, :, :]
+    found = tl.sum(total, axis=2)
+    place = (first + tile) * (PADDED * PADDED) + task[:, None] * PADDED + task[None, :]
+    tl.store(products + place, found)
+
+
 # -- contributions -----------------------------------------------------------------------------------------------------
 
 

@@ -926,7 +926,7 @@ class _Sweep:
         step = self.outcome.passes
 
         streams = self._streams and self.workers > 1
-        ready = torch.cuda.current_stream() if streams else None
+        ready = torch.cuda.current_stream(self.deltas.device) if streams else None  # type: ignore[attr-defined]
 
         def worker() -> None:
             nonlocal done

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from merging import merge_stacks
+from taskvec.sweep import Options
 
 CLIP, DENSITY = 1e-4, 0.1
 PASSES = {"task_arithmetic": 1, "ties": 2, "pcb": 3}  # over the inputs, at the least
@@ -51,7 +52,7 @@ def plain_ties(vectors: Tensor, density: float = 0.2) -> Tensor:
     """Global TIES in a few lines of PyTorch."""
     width = vectors.shape[1]
     rank = width - max(1, int(density * width))
-    trimmed = torch.stack([row * (row.abs() >= row.abs().kthvalue(rank + 1).values) for row in vectors])
+    trimmed = torch.stack([row * (row.abs() >= row.abs().sort().values[rank]) for row in vectors])
     sign = torch.where(trimmed.sum(0) >= 0, 1.0, -1.0)
     agree = trimmed * sign > 0
     return (trimmed * agree).sum(0) / agree.sum(0).clamp(min=1)
@@ -175,12 +176,66 @@ def report(tasks: int, numel: int, repeats: int, reference: bool, profiled: bool
     return found
 
 
+def vit_zoo(tasks: int, layers: int = 12) -> dict[str, Tensor]:
+    """Task vectors with the shapes of ViT-B/32's encoder."""
+    shapes: dict[str, tuple[int, ...]] = {"patches.weight": (768, 3, 32, 32), "positions": (50, 768)}
+    for layer in range(layers):
+        for name, shape in [*((name, (768, 768)) for name in "qkvo"), ("up", (3072, 768)), ("down", (768, 3072))]:
+            shapes[f"layers.{layer}.{name}.weight"] = shape
+            shapes[f"layers.{layer}.{name}.bias"] = shape[:1]
+        for name in ("norm1", "norm2"):
+            shapes |= {f"layers.{layer}.{name}.{part}": (768,) for part in ("weight", "bias")}
+    draw = torch.Generator("cuda").manual_seed(0)
+    return {
+        name: torch.randn(tasks, *shape, device="cuda", generator=draw)
+        + 0.3 * torch.randn(1, *shape, device="cuda", generator=draw)
+        for name, shape in shapes.items()
+    }
+
+
+def plain_iso_c(stack: Tensor) -> Tensor:
+    """Iso-C on one matrix as its authors write it."""
+    left, values, right = torch.linalg.svd(stack.sum(0), full_matrices=False)
+    return values.mean() * left @ right
+
+
+def plain_tsv_m(stack: Tensor) -> Tensor:
+    """TSV-M on one matrix as its authors write it."""
+    keep = min(stack.shape[1:]) // len(stack)
+    parts = [torch.linalg.svd(row, full_matrices=False) for row in stack]
+    u, _, v = torch.linalg.svd(torch.cat([left[:, :keep] for left, _, _ in parts], 1), full_matrices=False)
+    p, _, r = torch.linalg.svd(torch.cat([right[:keep] for _, _, right in parts], 0), full_matrices=False)
+    middle = torch.diag(torch.cat([values[:keep] for _, values, _ in parts]))
+    return u @ v @ middle @ p @ r
+
+
+def shapes_report(repeats: int) -> dict[str, Any]:
+    """Methods that look at one tensor at a time, on ViT-B/32's shapes: all tensors given at once against one by one."""
+    zoo = vit_zoo(8)
+    pairs = {name: stack[:2] for name, stack in zoo.items()}
+    few = {name: stack for name, stack in zoo.items() if name.startswith(("layers.0.", "layers.1."))}
+    matrices = [stack for stack in few.values() if stack.ndim == 3]
+    alone = Options(workers=1)
+    runs: dict[str, Callable[[], Any]] = {}
+    for method, stacks in (("slerp", pairs), ("karcher", zoo), ("multislerp", zoo)):
+        runs[f"{method}, all at once"] = lambda method=method, stacks=stacks: merge_stacks(method, stacks)  # type: ignore[misc]
+        runs[f"{method}, one by one"] = lambda method=method, stacks=stacks: [  # type: ignore[misc]
+            merge_stacks(method, {name: stack}) for name, stack in stacks.items()
+        ]
+    for method, plain in (("iso_c", plain_iso_c), ("tsv_m", plain_tsv_m)):
+        runs[f"{method}, 2 layers, side by side"] = lambda method=method: merge_stacks(method, few)  # type: ignore[misc]
+        runs[f"{method}, 2 layers, one by one"] = lambda method=method: merge_stacks(method, few, options=alone)  # type: ignore[misc]
+        runs[f"{method}, 2 layers, authors' form"] = lambda plain=plain: [plain(stack) for stack in matrices]  # type: ignore[misc]
+    return medians(runs, repeats)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--numel", type=int, nargs="+", default=[88_000_000, 300_000_000])
     parser.add_argument("--tasks", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--shapes", action="store_true", help="also methods that look at one tensor at a time")
     parser.add_argument("--profile", action="store_true", help="also the time of each kernel")
     arguments = parser.parse_args()
     copy = bandwidth()
@@ -191,6 +246,11 @@ def main() -> None:
     }
     print(f"{result['card']}: a copy moves {copy / 1e12:.2f} TB/s, read and written")
     result["merges"] = []
+    if arguments.shapes:
+        result["shapes"] = shapes_report(3)
+        print("\nViT-B/32's tensors, 8 tasks (slerp: 2)")
+        for name, run in result["shapes"].items():
+            print(f"  {name:36s} {run['ms']:9.3f} ms")
     for numel in arguments.numel:
         found = report(
             arguments.tasks, numel, arguments.repeats, reference=numel <= 100_000_000, profiled=arguments.profile

@@ -7,7 +7,7 @@ from torch import Tensor
 from merging import merge_stacks
 from taskvec.errors import NonFiniteError
 from taskvec.plan import Formula
-from taskvec.sweep import Outcome
+from taskvec.sweep import Options, Outcome
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -130,3 +130,41 @@ def test_methods_without_a_fused_form_run_on_the_gpu_too():
     ):
         expected, found = merge_stacks(method, stacks, **more), merge_stacks(method, there(stacks), **more)
         assert float(((flat(expected) - flat(found)).abs() > 1e-6).float().mean()) < 1e-5, method
+
+
+@pytest.mark.parametrize(
+    ("method", "tasks", "more"),
+    [
+        ("slerp", 2, {"t": 0.3}),
+        ("nuslerp", 2, {"weights": [1.0, 2.0]}),
+        ("karcher", 5, {}),
+        ("multislerp", 3, {"weights": [1.0, 0.5, 2.0]}),
+    ],
+)
+def test_spherical_merges_of_all_tensors_at_once_are_those_of_the_cpu(method, tasks, more):
+    stacks = zoo(8, tasks=tasks)
+    here, fast = Outcome(), Outcome()
+    expected = merge_stacks(method, stacks, outcome=here, **more)
+    found = merge_stacks(method, there(stacks), outcome=fast, **more)
+    torch.testing.assert_close(flat(found), flat(expected), rtol=1e-5, atol=1e-9)
+    assert (fast.passes, fast.warnings, fast.facts) == (here.passes, here.warnings, here.facts)
+    torch.testing.assert_close(torch.tensor(fast.norms), torch.tensor(here.norms), rtol=1e-5, atol=0)
+
+
+def test_a_value_that_is_not_a_number_is_refused_by_spherical_merges_too():
+    stacks = there(zoo(9, tasks=2))
+    stacks["up"][1, 5, 7] = float("inf")
+    with pytest.raises(NonFiniteError, match="up"):
+        merge_stacks("slerp", stacks)
+
+
+@pytest.mark.parametrize("method", ["iso_c", "tsv_m"])
+def test_decompositions_side_by_side_are_those_one_after_the_other(method):
+    draw = torch.Generator().manual_seed(10)
+    stacks = {f"layer {i}": (torch.randn(3, 96, 64 + i % 2, generator=draw) * 1e-3).cuda() for i in range(12)}
+    together = merge_stacks(method, stacks, options=Options(workers=4))
+    alone = merge_stacks(method, stacks, options=Options(workers=1))
+    here = merge_stacks(method, {name: stack.cpu() for name, stack in stacks.items()})
+    for name in stacks:
+        assert torch.equal(together[name], alone[name])
+        torch.testing.assert_close(together[name].cpu(), here[name], rtol=1e-4, atol=1e-8)
