@@ -435,7 +435,8 @@ def usable(device: torch.device) -> bool:
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
     """Launches go to the deltas' own device."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    elsewhere = device.type == "cuda" and torch.cuda.current_device() != device.index
+    return torch.cuda.device(device) if elsewhere else nullcontext()
 
 
 _KINDS = {"q": torch.int64, "l": torch.int64, "i": torch.int32, "f": torch.float32}

@@ -2,7 +2,7 @@
 
     python examples/benchmarks/gpu_streamed.py FOLDER [--hidden 1024 --layers 24] [--tasks 8] [--json FILE]
 
-Builds a Llama-shaped bf16 zoo in FOLDER (0.37 B parameters by default), reads it once, and times whole merges, from a
+Builds a Llama-shaped bf16 zoo in FOLDER (0.37 B parameters by default) or finds it there, reads it once, and times whole merges, from a
 recipe to the finished folder, in turns. Floors of the same run: reading all inputs into pinned memory with as many
 threads, copying as many bytes to the card, writing as many bytes as the result has and making them durable.
 """
@@ -43,9 +43,13 @@ def shapes(hidden: int, layers: int, vocabulary: int) -> dict[str, tuple[int, ..
 def build(folder: Path, hidden: int, layers: int, tasks: int, vocabulary: int = 32000) -> list[Path]:
     draw = torch.Generator("cuda").manual_seed(0)
     tensors = shapes(hidden, layers, vocabulary)
-    base = {n: (torch.randn(s, device="cuda", generator=draw) * 0.02).bfloat16() for n, s in tensors.items()}
     paths = [folder / "base", *(folder / f"tuned-{task}" for task in range(tasks))]
+    if all((path / "config.json").is_file() for path in paths):
+        return paths
+    base = {n: (torch.randn(s, device="cuda", generator=draw) * 0.02).bfloat16() for n, s in tensors.items()}
     for path in paths:
+        if (path / "config.json").is_file():
+            continue
         path.mkdir(parents=True, exist_ok=True)
         model = base
         if path.name != "base":
@@ -130,6 +134,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--tasks", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", default=["task_arithmetic", "ties", "pcb"])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--cpu", action="store_true", help="also on the CPU, once")
     arguments = parser.parse_args()
@@ -178,7 +183,7 @@ def main() -> None:
         {
             f"{method}, {device}": lambda method=method, device=device: run(method, device)  # type: ignore[misc]
             for device in devices
-            for method in ("task_arithmetic", "ties", "pcb")
+            for method in arguments.methods
         },
         arguments.repeats,
     )
