@@ -44,7 +44,12 @@ class Placed:
     def names(self, source: TensorSource, layers: tuple[int, int] | None) -> dict[str, str]:
         """Name in the result to the source's own, for what the part takes of this source."""
         found: dict[str, str] = {}
+        once = once_for_all(source.infos, self.tower) if self.tower is not None else frozenset[str]()
         for old in source.infos:
+            if old in once:
+                if self.first == 0:
+                    found[old] = old
+                continue
             if self.tower is None or tower_of(old) != self.tower:
                 if old in self.outside:
                     found[old] = old
@@ -54,6 +59,25 @@ class Placed:
             if layers is not None and layers[0] <= layer < layers[1]:
                 found[with_layer(old, self.first + layer - layers[0])] = old
         return found
+
+
+def once_for_all(names: Iterable[str], tower: str) -> frozenset[str]:
+    """Tensors that stand in the first layer, but serve all of them (the position biases of T5).
+
+    These are what the first layer has beyond all that the others have; a first layer that lacks something of the others
+    is simply of another kind.
+    """
+    parts: dict[int, dict[str, str]] = {}
+    for name in names:
+        if tower_of(name) == tower:
+            layer = layer_of(name)
+            assert layer is not None
+            parts.setdefault(layer, {})[with_layer(name, 0)] = name
+    others = [set(own) for layer, own in parts.items() if layer != 0]
+    first = parts.get(0, {})
+    if not others or not all(own <= set(first) for own in others):
+        return frozenset()
+    return frozenset(name for part, name in first.items() if not any(part in own for own in others))
 
 
 def chosen_tower(source: TensorSource, names: Iterable[str], given: str | None, problems: Problems) -> str | None:
