@@ -19,7 +19,7 @@ from merging.assembly import Assembly, assemble, in_order, staged
 from merging.card import model_card
 from merging.prepare import Opened, Prepared
 from merging.recipe import Recipe
-from taskvec import __version__
+from taskvec import __version__, native
 from taskvec.adapter import Adapter
 from taskvec.checkpoint import SEGMENT, Checkpoint, combined_hash, content_hash
 from taskvec.deltas import Tile
@@ -260,7 +260,7 @@ def _provenance(assembly: Assembly, recipe: Recipe) -> dict[str, Any]:
         "method": _method_facts(assembly.parts[0]),
         "seed": recipe.seed,
         "versions": {name: version(name) for name in ("torch", "safetensors", "numpy")}
-        | {"python": platform.python_version()},
+        | {"python": platform.python_version(), "compiled passes": native.usable()},
     }
     if assembly.whole is None:
         found["parts"] = {
@@ -504,8 +504,22 @@ def verify(
                 )
             remade = Checkpoint.open(again.path)
             assert isinstance(remade, Checkpoint)
-            assert_digests(remade, checkpoint.digests(), again.path)
+            try:
+                assert_digests(remade, checkpoint.digests(), again.path)
+            except VerificationError as error:
+                other = _other_versions(found, again.provenance)
+                if not other:
+                    raise
+                raise VerificationError(
+                    f"{error} It was made with other versions ({other}), whose last bits may differ; verify it there."
+                ) from error
     return result
+
+
+def _other_versions(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What a merge was made with that is not what we have, for messages."""
+    old, new = recorded.get("versions", {}), now["versions"]
+    return ", ".join(f"{name} {old.get(name)}, here {new[name]}" for name in new if old.get(name) != new[name])
 
 
 def checkpoint_hash(checkpoint: Checkpoint) -> str:

@@ -2,6 +2,7 @@
 
     python examples/benchmarks/cpu.py --zoo DIR [--mergekit VENV] [--layers 24] [--runs 2] [--json]
     python examples/benchmarks/cpu.py --memory --zoo DIR          peak memory and time against model size
+    python examples/benchmarks/cpu.py --charts DIR --zoo DIR       time and memory against model size and number of tasks
     python examples/benchmarks/cpu.py --in-memory                  PCB against the reference form, n = 8, d = 20 M
 
 Every command is timed from process start to exit, in turn (A B A B), with the page cache warm; peak memory is that of
@@ -216,6 +217,87 @@ def memory(arguments: argparse.Namespace) -> dict[str, object]:
     return table
 
 
+def charts(arguments: argparse.Namespace) -> dict[str, object]:
+    """Time and peak memory against parameters (4 tasks) and against tasks (0.1 B), page cache warm; two pictures.
+
+    Slopes leave start-up out: seconds for each further billion parameters, of ours, the floor and (linear) mergekit.
+    """
+    out = [arguments.zoo / name for name in ("out-ours", "out-theirs", "out-floor")]
+    names = ("linear", "ties_global", "pcb")
+    table: dict[str, dict[str, dict[str, dict[str, float]]]] = {"size": {}, "tasks": {}}
+
+    def measure(axis: str, key: str, zoo: list[Path], tasks: int, peer: bool) -> None:
+        warm(zoo)
+        commands = {"floor": floor(zoo, out[2])}
+        for name in names:
+            commands[name] = ours(
+                [*METHODS[name][0], "--memory", arguments.budget], zoo, METHODS[name][3], tasks, out[0]
+            )
+        if peer and arguments.mergekit:
+            commands["mergekit linear"] = theirs(
+                "linear", {"weight": 1.0}, zoo, False, tasks, out[1], arguments.mergekit
+            )
+        table[axis][key] = paired(commands, arguments.runs, out)
+        print(
+            axis,
+            key,
+            {n: (round(r["wall"], 1), round(r["peak"] / 1e6)) for n, r in table[axis][key].items()},
+            file=sys.stderr,
+            flush=True,
+        )
+
+    for hidden, layers in arguments.sizes:
+        place = arguments.zoo / f"h{hidden}-l{layers}"
+        kept = place.exists()
+        measure("size", f"{parameters(hidden, layers) / 1e9:.3f}", build(place, hidden=hidden, layers=layers), 4, True)
+        if not kept:
+            shutil.rmtree(place)
+    place = arguments.zoo / "many"
+    many = build(place, hidden=640, layers=12, tasks=32)
+    for tasks in (2, 4, 8, 16, 32):
+        measure("tasks", str(tasks), many[: tasks + 1], tasks, False)
+    shutil.rmtree(place)
+    first, *_, last = table["size"]
+    span = float(last) - float(first)
+    slopes = {
+        name: (table["size"][last][name]["wall"] - row["wall"]) / span for name, row in table["size"][first].items()
+    }
+    print("seconds for each further billion parameters:", {n: round(s, 2) for n, s in slopes.items()}, file=sys.stderr)
+    draw(table, arguments.charts)
+    return {**table, "slopes": slopes}
+
+
+def draw(table: dict[str, dict[str, dict[str, dict[str, float]]]], folder: Path) -> None:
+    """Two pictures: against model size, and against the number of tasks."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for axis, label in (("size", "parameters (billions), 4 tasks"), ("tasks", "tasks, 0.1 B parameters")):
+        rows = table[axis]
+        x = [float(key) for key in rows]
+        figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+        for name in dict.fromkeys(n for row in rows.values() for n in row):
+            style = {"marker": "o", "ms": 4, "ls": "--" if name in ("floor", "mergekit linear") else "-"}
+            there = [(a, row[name]) for a, row in zip(x, rows.values()) if name in row]
+            left.plot([a for a, _ in there], [r["wall"] for _, r in there], label=name.replace("_global", ""), **style)
+            if name != "floor":
+                right.plot(
+                    [a for a, _ in there],
+                    [r["peak"] / 1e9 for _, r in there],
+                    label=name.replace("_global", ""),
+                    **style,
+                )
+        for part, what in ((left, "seconds, process start to exit"), (right, "peak memory, GB")):
+            part.set(xlabel=label, ylabel=what, ylim=(0, None), xlim=(0, None))
+            part.grid(alpha=0.3)
+            part.legend(frameon=False, fontsize=8)
+        figure.savefig(folder / f"cpu_{axis}.svg")
+        plt.close(figure)
+
+
 def reference_pcb(vectors, ratio: float):
     """The authors' function as the specification describes it: clones, full sorts, whole-matrix temporaries."""
     import torch
@@ -288,13 +370,16 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--sizes", nargs="*", default=["1024x24", "2048x34"], help="WIDTHxLAYERS for --memory")
     parser.add_argument("--budget", default="1GiB")
+    parser.add_argument("--charts", type=Path, metavar="FOLDER", help="where the pictures go")
     parser.add_argument("--in-memory", action="store_true")
     parser.add_argument("--numel", type=int, default=20_000_000)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     arguments.sizes = [tuple(int(part) for part in size.split("x")) for size in arguments.sizes]
     table = (
-        in_memory(arguments)
+        charts(arguments)
+        if arguments.charts
+        else in_memory(arguments)
         if arguments.in_memory
         else memory(arguments)
         if arguments.memory

@@ -1,5 +1,6 @@
 """The compiled passes give the bits of their eager twins: for every method they know, dtype, length and instruction set."""
 
+import platform
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from merging import Recipe, merge, merge_stacks
 from taskvec import Checkpoint, native, write
 
-pytestmark = pytest.mark.skipif(not native.usable(), reason="no compiled passes here (no compiler, or no AVX2)")
+compiled = pytest.mark.skipif(not native.usable(), reason="no compiled passes here (no compiler, or no AVX2)")
 
 SHAPES = {"layers.0.w": (37, 29), "layers.0.b": (7,), "layers.1.w": (300, 257), "one": (1,), "none": (0, 3)}
 RECIPES = {
@@ -42,6 +43,16 @@ RECIPES = {
     "sce": {"method": "sce", "parameters": {"density": 0.4}},
     "sce of everything": {"method": "sce", "weights": [0.3, 0.5, 1.1]},
 }  # fmt: skip
+
+
+@pytest.mark.skipif(
+    shutil.which("cc") is None or platform.machine() != "x86_64", reason="no compiler, or another machine"
+)
+@pytest.mark.skipif("avx2" not in Path("/proc/cpuinfo").read_text(), reason="a processor without AVX2")
+def test_an_installation_with_a_compiler_has_compiled_passes():
+    assert native.usable()
+
+
 LEVELS = [level for level in (2, 5) if native.usable() and level <= native._library()[1]]
 
 
@@ -68,6 +79,7 @@ def merged(zoo: Path, given: dict, out: Path) -> dict[str, torch.Tensor]:
     return {name: made.read(name) for name in made.infos}
 
 
+@compiled
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_a_merge_on_disk_has_the_bits_of_the_eager_form(name, level, zoo, tmp_path, monkeypatch):
@@ -82,6 +94,7 @@ def test_a_merge_on_disk_has_the_bits_of_the_eager_form(name, level, zoo, tmp_pa
     shutil.rmtree(tmp_path)
 
 
+@compiled
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("given", [{}, {"density": 0.4, "clip": 0.0}, {"density": 1.0}], ids=str)
 def test_pcb_is_that_of_the_eager_form_to_rounding(given, level, zoo, tmp_path, monkeypatch):
@@ -96,6 +109,7 @@ def test_pcb_is_that_of_the_eager_form_to_rounding(given, level, zoo, tmp_path, 
         torch.testing.assert_close(ours[tensor], eager[tensor], rtol=2e-7, atol=1e-5 * float(size))
 
 
+@compiled
 def test_scores_are_those_of_double_precision():
     drawn = torch.Generator().manual_seed(9)
     for size in (1e-3, 0.3, 3.0):
@@ -110,6 +124,7 @@ def test_scores_are_those_of_double_precision():
         assert float(((ours - truth).abs() / truth.abs().clamp(min=1e-30)).max()) < 2e-6
 
 
+@compiled
 @pytest.mark.parametrize("kind", ["few", "many", "zeros", "spread", "huge"])
 def test_ranks_of_any_row_are_those_of_a_stable_sort(kind, monkeypatch):
     drawn = torch.Generator().manual_seed(11)
@@ -127,6 +142,7 @@ def test_ranks_of_any_row_are_those_of_a_stable_sort(kind, monkeypatch):
     assert torch.equal(ours["w"], merge_stacks("della", {"w": row[:2, None]}, **given)["w"])
 
 
+@compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("method", "given"),
@@ -148,6 +164,7 @@ def test_a_merge_in_memory_has_the_bits_of_the_eager_form(method, given, dtype, 
         assert torch.equal(ours[tensor].view(torch.int32), eager[tensor].view(torch.int32)), tensor
 
 
+@compiled
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_every_value_near_a_rounding_border_is_rounded_as_torch_does(dtype, tmp_path):
     kind = getattr(torch, dtype)
@@ -161,6 +178,7 @@ def test_every_value_near_a_rounding_border_is_rounded_as_torch_does(dtype, tmp_
     assert torch.equal(out.view(torch.int16), between.to(kind).view(torch.int16))
 
 
+@compiled
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_norms_are_those_of_double_precision(dtype, tmp_path):
     drawn = torch.Generator().manual_seed(7)
@@ -173,6 +191,7 @@ def test_norms_are_those_of_double_precision(dtype, tmp_path):
         assert squares.sum(1) == pytest.approx(rows.double().square().sum(1).tolist(), rel=1e-6)
 
 
+@compiled
 def test_tiny_and_huge_vectors_have_norms():
     for size in (1e-30, 1e25):
         row = torch.full((4000,), size)

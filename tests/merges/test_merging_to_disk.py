@@ -8,6 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from merging import Recipe, merge, verify
+from merging.streamed import file_hashes
 from taskvec import Checkpoint
 from taskvec.errors import BaseMismatchError, NotAModelError, RecipeError, VerificationError
 from taskvec.writer import CheckpointWriter
@@ -63,6 +64,25 @@ def test_verify_notices_changed_companions_and_inputs(zoo, tmp_path):
         verify(tmp_path / "other", deep=True)
     with pytest.raises(NotAModelError, match="no provenance of a merge"):
         verify(zoo.base)
+
+
+def test_a_deep_check_says_when_other_versions_made_the_model(zoo, tmp_path):
+    carry_out(zoo.recipe(), tmp_path / "out")
+    told = json.loads((tmp_path / "out" / "taskvec.json").read_text())
+    with (tmp_path / "out" / "model.safetensors").open("r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"\0\0\0\0")
+    made = Checkpoint.open(tmp_path / "out")
+    told["digests"] = made.digests()  # as if another machine had made other last bits
+    told["outputs"] = file_hashes(made)
+    for versions, said in (
+        (told["versions"], "^(?!.*other versions)"),
+        ({"torch": "1.0"}, r"other versions \(torch 1\.0, here"),
+    ):
+        told["versions"] = told["versions"] | versions
+        (tmp_path / "out" / "taskvec.json").write_text(json.dumps(told))
+        with pytest.raises(VerificationError, match=said):
+            verify(tmp_path / "out", deep=True)
 
 
 def test_two_runs_write_the_same_bytes(zoo, tmp_path):
