@@ -6,16 +6,17 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from merging.learn.composition import Composition, Vector
-from merging.learn.config import DataSpec, LearnConfig
-from merging.learn.data import Together, named, rows, texts
+from merging.learn.config import DataSpec, LearnConfig, UFMSpec
+from merging.learn.data import Texts, Together, Views, named, rows, texts
 from merging.learn.fit import AdamWSpec, Constraint, Fit, fit
 from merging.learn.objectives import (
+    UFM,
     CausalLM,
     Entropy,
     Forward,
@@ -26,6 +27,7 @@ from merging.learn.objectives import (
     Supervised,
     accuracy,
     moved,
+    split,
 )
 from merging.learn.select import Selection, select
 from taskvec.coefficients import Coefficients, Region
@@ -90,6 +92,7 @@ class Setup:
     base: TensorSource
     hashes: Mapping[str, str] = field(default_factory=dict)
     selection: Selection | None = None
+    frozen: Tensor | None = None
 
 
 def learn(
@@ -135,6 +138,7 @@ def learn(
             precision=config.precision,
             penalty=Penalty(config.penalty.gamma, config.penalty.p) if config.penalty else None,
             constraint=Constraint(**config.constraint.model_dump()) if config.constraint else constraint,
+            frozen=made.frozen,
             evaluate=made.evaluate,
             every=config.every,
             keep=config.keep,
@@ -208,15 +212,17 @@ def setup(config: LearnConfig) -> Setup:
         initial = before.values
     tokenizer = _tokenizer(config) if any(spec.path for spec in config.data.values()) else None
     heads = _heads(config, device)
-    objective = _objective(config, heads)
     data = {name: _data(config, name, spec, tokenizer) for name, spec in config.data.items()}
+    objective = _objective(config, heads, data)
     held = {name: _data(config, name, spec, tokenizer, held_out=True) for name, spec in config.evaluation.items()}
-    batches = _batches(config, data)
-    selection = _selected(config, model, vectors, objective, batches) if config.select is not None else None
+    batches = _batches(config, data, objective)
+    selection = None
+    if config.select is not None:
+        selection = _selected(config, model, vectors, objective, batches, data, tokenizer)
     composition = Composition(
         model,
         vectors if selection is None else selection.vectors,
-        config.granularity,
+        _granularity(config),
         (config.partitions.parts, config.partitions.seed) if config.partitions else None,
         config.mode,
         exclude=[*config.exclude, *excluded],
@@ -238,16 +244,48 @@ def setup(config: LearnConfig) -> Setup:
         base,
         hashes,
         selection,
+        _frozen(config, composition),
     )
 
 
+def _granularity(config: LearnConfig) -> Any:
+    return named(config.granularity, "granularity") if ":" in config.granularity else config.granularity
+
+
+def _frozen(config: LearnConfig, composition: Composition) -> Tensor | None:
+    """Which coefficients stay as they start: those of the blocks that match a pattern."""
+    if not config.frozen:
+        return None
+    blocks = composition.blocks
+    unused = [p for p in config.frozen if not any(fnmatch.fnmatchcase(block, p) for block in blocks)]
+    if unused:
+        raise MismatchError([f"frozen: {p!r} matches no block." + did_you_mean(p, blocks) for p in unused])
+    found = torch.tensor([any(fnmatch.fnmatchcase(block, p) for p in config.frozen) for block in blocks])
+    shape = composition.coefficients.shape
+    return found.view(1, -1, *(1 for _ in shape[2:])).expand(shape).clone()
+
+
 def _selected(
-    config: LearnConfig, model: nn.Module, vectors: Mapping[str, Vector], objective: Objective, batches: Any
+    config: LearnConfig,
+    model: nn.Module,
+    vectors: Mapping[str, Vector],
+    objective: Objective,
+    batches: Any,
+    data: Mapping[str, Any],
+    tokenizer: Any,
 ) -> Selection:
     assert config.select is not None  # the caller checked
     wanted = config.select
     if wanted.strategy == "random":
         return select(vectors, wanted.budget, "random", seed=config.seed)
+    if wanted.strategy == "features":
+        if tokenizer is None and any(spec.path for spec in wanted.data.values()):
+            tokenizer = _tokenizer(config)
+        own = {name: _data(config, name, spec, tokenizer, held_out=True) for name, spec in wanted.data.items()}
+        forward = Forward(config.pool, config.normalize)
+        target = torch.stack([mean_features(model, source, forward) for source in data.values()]).mean(0)
+        features = {name: mean_features(model, source, forward) for name, source in own.items()}
+        return select(vectors, wanted.budget, "features", target=target, features=features)
     return select(
         vectors,
         wanted.budget,
@@ -379,10 +417,18 @@ def _heads(config: LearnConfig, device: torch.device) -> dict[str, Callable[[Ten
     }
 
 
-def _objective(config: LearnConfig, heads: Mapping[str, Callable[[Tensor], Tensor]]) -> Objective:
+def _objective(
+    config: LearnConfig, heads: Mapping[str, Callable[[Tensor], Tensor]], data: Mapping[str, Any]
+) -> Objective:
     if ":" in config.objective:
         return cast(Objective, named(config.objective, "objective")())
     forward = Forward(config.pool, config.normalize)
+    if config.objective == "ufm":
+        ((name, source),) = data.items()
+        ufm = config.ufm or UFMSpec()
+        pool = source.in_order() if isinstance(source, Texts) else named(str(ufm.pool), "ufm.pool")()
+        options = ufm.model_dump(include={"threshold", "sharpen", "trusted_fraction", "limit", "compat"})
+        return UFM(pool, heads.get(name), forward, **options)
 
     def one(name: str) -> Objective:
         if config.objective == "entropy":
@@ -434,9 +480,13 @@ def _data(config: LearnConfig, name: str, spec: DataSpec, tokenizer: Any, *, hel
     )
 
 
-def _batches(config: LearnConfig, data: Mapping[str, Any]) -> Any:
+def _batches(config: LearnConfig, data: Mapping[str, Any], objective: Objective) -> Any:
     if config.negation is not None:
         return Together({"target": data[config.negation.target], "control": data[config.negation.control]})
+    if isinstance(objective, UFM):
+        (source,) = data.values()
+        drop = (config.ufm or UFMSpec()).drop
+        return Views(source, objective, drop, config.seed) if isinstance(source, Texts) else source
     return Together(data)
 
 
@@ -476,6 +526,24 @@ def mean_loss(objective: Objective, model: nn.Module, batches: Iterable[Any], de
     if not number:
         raise DataError("evaluation: there is nothing to measure on.")
     return total / number
+
+
+@torch.no_grad()
+def mean_features(model: nn.Module, batches: Any, forward: Forward) -> Annotated[Tensor, "feature"]:
+    """The mean over all examples of what the model as it is makes of them.
+
+    Raises:
+        DataError: there are none.
+    """
+    device = next(model.parameters()).device
+    total, count = torch.zeros(()), 0
+    for batch in batches(0) if callable(batches) else batches:
+        inputs, _ = split(moved(batch, device))
+        found = forward(model, inputs).double().cpu()
+        total, count = total + found.sum(0), count + len(found)
+    if not count:
+        raise DataError("select.data: there is nothing to take features of.")
+    return total / count
 
 
 # -- several processes -------------------------------------------------------------------------------------------------

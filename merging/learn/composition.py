@@ -307,6 +307,16 @@ class Composition:
                 found[task, columns] = True
         return found.view(self._coefficients.shape).to(self._device)
 
+    @property
+    def verified(self) -> frozenset[str]:
+        """Tensors whose gradient is known to be had without a weight gradient; see `factored`."""
+        return self._probes.verified if self._probes is not None else frozenset()
+
+    def trust(self, names: Iterable[str]) -> None:
+        """Take up `verified` of an interrupted run: rounding then is that of an uninterrupted one."""
+        if self._probes is not None:
+            self._probes.trust(names)
+
     def learned(self, **facts: Any) -> Coefficients:
         """The coefficients as a file, ready to be saved. `facts` fill further fields of `Coefficients`."""
         buffers = [n for n, b in self.model.named_buffers() if b.is_floating_point()]

@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from taskvec.errors import RecipeError, did_you_mean
 
 Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+GRANULARITIES = ("global", "layer", "block", "matrix", "row", "column", "qkv")
 
 
 class Strict(BaseModel):
@@ -120,11 +122,36 @@ class ConstraintSpec(Strict):
 
 
 class SelectSpec(Strict):
-    """Which task vectors, or blocks of them, are kept; see `merging.learn.select`."""
+    """Which task vectors, or blocks of them, are kept; see `merging.learn.select`.
+
+    Attributes:
+        data: for `features`: some data of every task; those whose mean features in the base point the same way as the
+            mean features of what is learned on are kept.
+    """
 
     budget: Positive
-    strategy: Literal["random", "gradient", "gradient-block"] = "gradient-block"
+    strategy: Literal["random", "features", "gradient", "gradient-block"] = "gradient-block"
     normalize: bool = False
+    data: dict[str, DataSpec] = {}
+
+
+class UFMSpec(Strict):
+    """Unsupervised FixMatch on texts; see `merging.learn.objectives.UFM`.
+
+    Attributes:
+        threshold: of the first and the last epoch.
+        drop: fraction of the words that the strong view leaves out; the weak view is the text as it is.
+        pool: `module:function` where the data come from one too: gives the inputs of all examples, in batches. The
+            data's function then gives batches that map `index`, `weak` and `strong`.
+    """
+
+    threshold: tuple[Fraction, Fraction] = (0.9, 1.0)
+    sharpen: Annotated[float, Field(gt=0)] = 0.5
+    trusted_fraction: Fraction = 0.25
+    limit: Positive = 100
+    compat: Literal["paper", "released"] = "paper"
+    drop: Annotated[float, Field(ge=0, lt=1)] = 0.15
+    pool: str | None = None
 
 
 class NegationSpec(Strict):
@@ -149,8 +176,11 @@ class LearnConfig(Strict):
         heads: a safetensors file with a tensor [class, width] per entry of `data` (and `<name>.bias`), or name to
             `module:function`; none where the model gives logits.
         pool, normalize, logit_scale: from the model's output to the head's input, and from its output to logits.
-        objective: `supervised`, `entropy`, `causal_lm`, `negation`, or `module:function` that makes one.
+        objective: `supervised`, `entropy`, `ufm` (one entry of `data`, unlabelled), `causal_lm`, `negation`, or
+            `module:function` that makes one.
         exclude: patterns of parameters that keep the base's value; their tensors need not fit.
+        granularity: see `Composition`; or `module:function` from a parameter's name to that of its group, or None.
+        frozen: patterns of blocks whose coefficients stay as they start.
         select: keep only so many task vectors' worth of blocks; the file has zeros for what was left out.
         initial: a number, or a coefficients file.
         batch: rows per task and step.
@@ -169,9 +199,11 @@ class LearnConfig(Strict):
     logit_scale: float = 1.0
     objective: str = "supervised"
     negation: NegationSpec | None = None
+    ufm: UFMSpec | None = None
     task_weights: dict[str, float] = {}
     exclude: list[str] = []
-    granularity: Literal["global", "layer", "block", "matrix", "row", "column", "qkv"] = "block"
+    granularity: str = "block"
+    frozen: list[str] = []
     partitions: PartitionSpec | None = None
     select: SelectSpec | None = None
     mode: Literal["nonlinear", "linear"] = "nonlinear"
@@ -201,11 +233,24 @@ class LearnConfig(Strict):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         problems = []
-        known = ("supervised", "entropy", "causal_lm", "negation")
+        known = ("supervised", "entropy", "ufm", "causal_lm", "negation")
         if self.objective not in known and ":" not in self.objective:
             problems.append(f"objective: {self.objective!r} is not known.{did_you_mean(self.objective, known)}")
         if (self.objective == "negation") != (self.negation is not None):
             problems.append("negation: give `objective: negation` and `negation:` with target and control, or neither")
+        if self.ufm is not None and self.objective != "ufm":
+            problems.append("ufm: goes with `objective: ufm`")
+        if self.objective == "ufm":
+            if len(self.data) != 1:
+                problems.append(f"objective: ufm adapts to one set of data, found {len(self.data)}")
+            pool = self.ufm.pool if self.ufm is not None else None
+            for name, spec in self.data.items():
+                if (spec.function is None) != (pool is None):
+                    problems.append(f"data.{name}: `function` needs `ufm.pool`, and `path` makes its own")
+        if ":" not in self.granularity and self.granularity not in GRANULARITIES:
+            problems.append(
+                f"granularity: {self.granularity!r} is not known.{did_you_mean(self.granularity, GRANULARITIES)}"
+            )
         if self.negation is not None:
             for role, name in (("target", self.negation.target), ("control", self.negation.control)):
                 if name not in self.data:
@@ -227,6 +272,11 @@ class LearnConfig(Strict):
                 problems.append(f"select.budget: {self.select.budget} of {len(self.tasks)} tasks")
             if self.select.strategy == "gradient-block" and self.granularity != "block":
                 problems.append("select: gradient-block needs `granularity: block`")
+            named = set(self.select.data)
+            if self.select.strategy == "features" and named != set(self.tasks):
+                problems.append(f"select.data: `features` needs data of every task, found {sorted(named)}")
+            elif self.select.strategy != "features" and named:
+                problems.append("select.data: goes with `strategy: features`")
             if isinstance(self.initial, str):
                 problems.append("select, initial: a file of coefficients cannot start a selection")
         if self.epochs and self.steps:
@@ -241,10 +291,11 @@ class LearnConfig(Strict):
         """With the paper's settings where the file says nothing.
 
         One labelled task (few-shot): lr 0.1, cosine, 10 epochs. Several (addition): 1e-3, constant, 20 epochs. Entropy
-        and negation: 1e-3 (negation 5e-3, the paper's most common factor), constant; causal LM as several tasks.
-        Weight decay 0.1 throughout.
+        and negation: 1e-3 (negation 5e-3, the paper's most common factor), constant; causal LM as several tasks. UFM:
+        1e-3, cosine, 10 epochs. Weight decay 0.1 throughout.
         """
         few_shot = self.objective == "supervised" and len(self.data) == 1
+        short = few_shot or self.objective == "ufm"
         lr = 0.1 if few_shot else 5e-3 if self.objective == "negation" else 1e-3
         optimizer = self.optimizer.model_copy(
             update={
@@ -252,8 +303,8 @@ class LearnConfig(Strict):
                 "weight_decay": 0.1 if self.optimizer.weight_decay is None else self.optimizer.weight_decay,
             }
         )
-        epochs = self.epochs or (None if self.steps else 10 if few_shot else 20)
-        schedule = self.schedule or ("cosine" if few_shot else "constant")
+        epochs = self.epochs or (None if self.steps else 10 if short else 20)
+        schedule = self.schedule or ("cosine" if short else "constant")
         return self.model_copy(update={"optimizer": optimizer, "epochs": epochs, "schedule": schedule})
 
 

@@ -2,11 +2,12 @@
 
 import csv
 import json
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -148,16 +149,75 @@ class Texts:
             order = torch.randperm(len(order), generator=generator).tolist()
         for start in range(0, len(order), self.batch):
             picked = order[start : start + self.batch]
-            chosen = [self.texts[i] for i in picked]
-            pairs = None if isinstance(chosen[0], str) else [text[1] for text in chosen]
-            firsts = chosen if pairs is None else [text[0] for text in chosen]
-            tokens = self.tokenizer(
-                firsts, pairs, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
-            )
-            batch = {key: value for key, value in tokens.items() if isinstance(value, Tensor)}
+            batch = self.tokens([self.texts[i] for i in picked])
             if self.labels is not None:
                 batch["labels"] = torch.tensor([self.labels[i] for i in picked])
             yield batch
+
+    def in_order(self) -> "Texts":
+        """The same texts, unshuffled and without labels."""
+        return replace(self, labels=None, shuffle=False)
+
+    def tokens(self, chosen: Sequence[str | tuple[str, str]]) -> dict[str, Tensor]:
+        """These texts, or pairs of them, as a batch without labels."""
+        pairs = None if isinstance(chosen[0], str) else [text[1] for text in chosen]
+        firsts = chosen if pairs is None else [text[0] for text in chosen]
+        tokens = self.tokenizer(
+            firsts, pairs, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+        )
+        return {key: value for key, value in tokens.items() if isinstance(value, Tensor)}
+
+
+class Chooser(Protocol):
+    """What says which examples make a batch (`UFM`)."""
+
+    def index_batches(self, size: int, *, seed: int = 0, epoch: int = 0) -> Iterator[Tensor]: ...
+
+
+@dataclass
+class Views:
+    """Two views of texts: as they are (`weak`), and with some of their words left out (`strong`).
+
+    Args:
+        texts: all examples; each epoch has as many batches as they have.
+        chooser: chooses the examples of each batch.
+        drop: fraction of words left out; at least one stays.
+        seed: of the choice and of the words.
+    """
+
+    texts: Texts
+    chooser: Chooser
+    drop: float
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __call__(self, epoch: int) -> Iterator[dict[str, Any]]:
+        left, turn = len(self), 0
+        while left:
+            # one turn through the examples that are not trusted may be shorter than an epoch: the next is shuffled anew
+            for index in self.chooser.index_batches(self.texts.batch, seed=self.seed, epoch=epoch * 4099 + turn):
+                rows = [self.texts.texts[i] for i in index.tolist()]
+                strong = [
+                    self._thinned(text, f"{self.seed}:{epoch}:{turn}:{i}") for text, i in zip(rows, index.tolist())
+                ]
+                yield {"index": index, "weak": self.texts.tokens(rows), "strong": self.texts.tokens(strong)}
+                left -= 1
+                if not left:
+                    return
+            turn += 1
+
+    def _thinned(self, text: str | tuple[str, str], key: str) -> str | tuple[str, str]:
+        if isinstance(text, tuple):
+            return self._words(text[0], f"{key}:0"), self._words(text[1], f"{key}:1")
+        return self._words(text, key)
+
+    def _words(self, text: str, key: str) -> str:
+        generator = random.Random(key)
+        words = text.split()
+        kept = [word for word in words if generator.random() >= self.drop]
+        return " ".join(kept) if kept else text
 
 
 def texts(

@@ -293,7 +293,8 @@ class _Run:
             self._measure()
         while not self._finished():
             self._seeded(self.epoch, 1)
-            if hasattr(self.objective, "begin_epoch"):
+            # within an epoch, what it chose at its beginning came with the checkpoint
+            if hasattr(self.objective, "begin_epoch") and not (skip and hasattr(self.objective, "resume_epoch")):
                 self.composition.compose_()
                 with _as_eval(self.composition.model):
                     self.objective.begin_epoch(self.composition.model, self.epoch, self.epochs)
@@ -550,6 +551,8 @@ class _Run:
             "waited": self.waited,
             "history": json.dumps(self.result.history),
             "stopped": self.result.stopped,
+            "verified": sorted(self.composition.verified),
+            "objective": self.objective.epoch_state() if hasattr(self.objective, "epoch_state") else None,
         }
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         partial = self.checkpoint.with_name(f".{self.checkpoint.name}.partial-{os.getpid()}")
@@ -575,6 +578,9 @@ class _Run:
             there, here = json.loads(state["signature"]), json.loads(self._signature())
             problems = [f"{key}: {there[key]} there, {here[key]} here." for key in here if there.get(key) != here[key]]
             raise MismatchError(problems, title=f"{self.checkpoint}: belongs to another run; delete it to start anew")
+        if state["objective"] is not None:
+            self.objective.resume_epoch(state["objective"])
+        self.composition.trust(state["verified"])
         self.values.copy_(state["values"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.epoch, self.taken = state["step"], state["epoch"], state["taken"]

@@ -426,6 +426,14 @@ class UFM(_Headed):
         self.trusted = trusted_examples(probabilities, limit=self.limit, compat=self.compat)
         self.labels = functional.one_hot(probabilities.argmax(-1), probabilities.shape[-1])
 
+    def epoch_state(self) -> dict[str, Any]:
+        """What an epoch chose, for a run that is resumed within it."""
+        return {"threshold": self.threshold, "trusted": self.trusted, "labels": self.labels}
+
+    def resume_epoch(self, state: Mapping[str, Any]) -> None:
+        """Take up what `epoch_state` gave."""
+        self.threshold, self.trusted, self.labels = state["threshold"], state["trusted"], state["labels"]
+
     def index_batches(self, size: int, *, seed: int = 0, epoch: int = 0) -> Iterator[Tensor]:
         """Indices of the batches of one epoch: a part of trusted examples, the rest others, both shuffled.
 
