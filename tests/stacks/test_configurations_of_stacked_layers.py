@@ -62,10 +62,6 @@ def test_lists_by_layer_are_those_of_the_model_that_a_layer_comes_from():
 def test_a_rule_by_layer_number_that_fits_no_more_is_refused_unless_let_through():
     config = {"num_hidden_layers": 4, "full_attention_interval": 2}
     assert restacked(config, [0, 1, 2, 3, 2, 3])[1] == []
-    (problem,) = restacked(config, [0, 1, 2, 1])[1]
-    assert (
-        "full_attention_interval is 2, a rule by layer number; layer 3 of the result comes from layer 1" not in problem
-    )
     (problem,) = restacked(config, [0, 2, 3])[1]
     assert "full_attention_interval is 2, a rule by layer number; layer 1 of the result comes from layer 2" in problem
     assert restacked(config, [0, 2, 3], patterned=True)[1] == []
