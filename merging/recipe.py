@@ -8,7 +8,17 @@ from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from taskvec.blocks import depth_of, layer_of, tower_of
 from taskvec.errors import NotFoundError, RecipeError, did_you_mean
@@ -239,7 +249,10 @@ class TokenSpec(_Strict):
         force: whether this holds for models that have the token as well, instead of only for those that lack it.
     """
 
-    source: Literal["zero"] | str | TokenOf
+    source: Annotated[
+        Annotated[str, Tag("str")] | Annotated[TokenOf, Tag("TokenOf")],
+        Discriminator(lambda value: "str" if isinstance(value, str) else "TokenOf"),
+    ]
     force: bool = False
 
 
@@ -472,7 +485,9 @@ def located(error: ValidationError, data: Any, model: type[BaseModel]) -> list[s
 
 
 def _is_branch(place: Any) -> bool:
-    return isinstance(place, str) and bool(re.search(r"[\[(]|^(float|Gradient|str|int|TaskSpec|constrained.*)$", place))
+    return isinstance(place, str) and bool(
+        re.search(r"[\[(]|^(float|Gradient|str|int|TaskSpec|TokenOf|constrained.*)$", place)
+    )
 
 
 def _fields(model: Any, path: Sequence[Any]) -> list[str]:
