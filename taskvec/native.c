@@ -32,7 +32,7 @@ int tv_read(int count, const int *fds, const int64_t *offsets, const int64_t *si
     return -1;
 }
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #include <immintrin.h>
 
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };       /* dtypes */

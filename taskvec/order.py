@@ -20,6 +20,7 @@ from taskvec.native import Stored
 from taskvec.plan import Fold, Sample, Selection, SubPlan, formula, formula_of
 
 SAMPLE = 1 << 19  # at rank fraction 0.9 the bracket then holds about 0.6 % of the elements
+SAMPLE_MOST = 1 << 22
 SORTED_BELOW = 1 << 17  # tensors this small are selected directly
 _GROUPS = 16  # interleaved subsamples, to see how much blocks vary beyond independent draws
 _DISTINCT = 1 << 21  # values kept before they are compressed to distinct values with counts
@@ -59,7 +60,9 @@ def order_statistics(of: Callable[[Tile], Tensor], ranks: Sequence[Sequence[int]
         known = yield Selection(told, ranks)
         if known is not None:
             return known
-    values, whole = yield Sample(of, numel if numel <= SORTED_BELOW else min(SAMPLE, max(1 << 15, numel // 64)))
+    # a larger model gets a larger sample, so that what lies in the brackets does not grow as fast
+    size = min(max(SAMPLE, numel >> 10), SAMPLE_MOST, max(1 << 15, numel // 64))
+    values, whole = yield Sample(of, numel if numel <= SORTED_BELOW else size)
     rows = values.detach().to("cpu").numpy()
     if whole:
         return [[_of_sorted(np.sort(row), rank) for rank in wanted] for row, wanted in zip(rows, ranks)]
@@ -132,6 +135,7 @@ class _Count:
     held: int = 0
     distinct: tuple[Any, Any] | None = None
     overflow: bool = False
+    limit: int = _DISTINCT
 
     def join(self, other: "_Count") -> "_Count":
         self.below += other.below
@@ -143,13 +147,20 @@ class _Count:
         for pair in (other.distinct,):
             if pair is not None:
                 self.distinct = pair if self.distinct is None else _merged(self.distinct, pair)
-        if self.held > _DISTINCT:
+        if self.held > self.limit:
             self._compress()
         return self
 
-    def _compress(self) -> None:
+    def _compress(self, *, wholly: bool = False) -> None:
+        """Distinct values with counts in place of values; only where that is less memory, unless `wholly`."""
         if self.inside:
-            pair = np.unique(np.concatenate(self.inside), return_counts=True)
+            values = np.concatenate(self.inside)
+            pair = np.unique(values, return_counts=True)
+            if 3 * len(pair[0]) > len(values) and not wholly:
+                self.inside, self.limit = [values], 2 * len(values)
+                if len(values) > _GIVE_UP:
+                    self.inside, self.held, self.distinct, self.overflow = [], 0, None, True
+                return
             self.distinct = pair if self.distinct is None else _merged(self.distinct, pair)
         self.inside, self.held = [], 0
         if self.distinct is not None and len(self.distinct[0]) > _GIVE_UP:
@@ -161,7 +172,7 @@ class _Count:
             return None
         if rank < self.below + self.at_low:
             return OrderStatistic(self.bracket.low + 0.0, self.below, self.at_low)
-        self._compress()
+        self._compress(wholly=True)
         values, counts = self.distinct if self.distinct is not None else (np.empty(0), np.empty(0, np.int64))
         start = self.below + self.at_low
         ends = start + np.cumsum(counts)
