@@ -197,7 +197,7 @@ class Resident:
     ) -> list[list[OrderStatistic]] | None:
         tasks, wanted = self.tasks, len(ranks[0])
         sample, size = self._sample(kind, numbers)
-        brackets, bracket_of, kinds, share = _bracket_plan(ranks, self.numel, size, margin)
+        brackets, bracket_of, kinds, share = _bracket_plan(tuple(map(tuple, ranks)), self.numel, size, margin)
         count = len(kinds)
         code = sum(kind_ << (2 * i) for i, kind_ in enumerate(kinds))
         asked, which, places = self._there(np.array(ranks, np.int64), np.array(bracket_of, np.int32), brackets)
@@ -480,8 +480,9 @@ def _inverse(value: float) -> float:
     return 1.0 / wide if wide else 0.0
 
 
+@lru_cache
 def _bracket_plan(
-    ranks: Sequence[Sequence[int]], numel: int, size: int, margin: float
+    ranks: tuple[tuple[int, ...], ...], numel: int, size: int, margin: float
 ) -> tuple[Any, list[int], list[int], float]:
     """Places in the sorted sample (its infinities included) of each row's brackets.
 

@@ -36,7 +36,6 @@ TILE = 1 << 19  # elements a task: with smaller ones threads wait for each other
 TILE_RESIDENT = 1 << 24  # on a GPU launches cost more than cache misses
 PIECES = 5 << 18  # bytes of all inputs that a compiled pass takes at a time: they stay in the second-level cache
 SAMPLE_BLOCK = 256
-STREAMS = 8  # tensors that a GPU decomposes side by side: one alone leaves it waiting for launches
 
 Role = Literal["preprocess", "combine", "postprocess"]
 Unit = Literal["element", "tensor"]
@@ -188,10 +187,7 @@ class _Sweep:
         there = options.device != "cpu" or _on_gpu(deltas)
         self.tile = -(-(options.tile or (TILE_RESIDENT if there else TILE)) // CHUNK) * CHUNK
         self.workers = max(1, options.workers or len(os.sched_getaffinity(0)))
-        self._streams = _on_gpu(deltas) and self.whole
-        if self._streams:
-            self.workers = options.workers or min(self.workers, STREAMS)
-        elif there:
+        if there:
             self.workers = 1 if self.resident else max(2, self.workers)
         memory = options.memory
         if memory is None and _on_gpu(deltas):  # which take no host memory
@@ -925,12 +921,9 @@ class _Sweep:
         queue = iter(range(len(items)))
         step = self.outcome.passes
 
-        streams = self._streams and self.workers > 1
-        ready = torch.cuda.current_stream(self.deltas.device) if streams else None  # type: ignore[attr-defined]
-
         def worker() -> None:
             nonlocal done
-            with _single_threaded(), _stream_after(ready):
+            with _single_threaded():
                 while not self._stop.is_set():
                     with self._lock:
                         index = next(queue, None)
@@ -1161,19 +1154,6 @@ def _single_threaded() -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(threads)
-
-
-@contextmanager
-def _stream_after(ready: Any) -> Iterator[None]:
-    """A stream of this thread's own, after what `ready` has under way; done with when left. None: the current stream."""
-    if ready is None:
-        yield
-        return
-    own = torch.cuda.Stream(ready.device)
-    own.wait_stream(ready)
-    with torch.cuda.stream(own):
-        yield
-    own.synchronize()
 
 
 def _is_finite(values: Tensor) -> bool:

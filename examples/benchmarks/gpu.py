@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from merging import merge_stacks
-from taskvec.sweep import Options
 
 CLIP, DENSITY = 1e-4, 0.1
 PASSES = {"task_arithmetic": 1, "ties": 2, "pcb": 3}  # over the inputs, at the least
@@ -215,7 +214,6 @@ def shapes_report(repeats: int) -> dict[str, Any]:
     pairs = {name: stack[:2] for name, stack in zoo.items()}
     few = {name: stack for name, stack in zoo.items() if name.startswith(("layers.0.", "layers.1."))}
     matrices = [stack for stack in few.values() if stack.ndim == 3]
-    alone = Options(workers=1)
     runs: dict[str, Callable[[], Any]] = {}
     for method, stacks in (("slerp", pairs), ("karcher", zoo), ("multislerp", zoo)):
         runs[f"{method}, all at once"] = lambda method=method, stacks=stacks: merge_stacks(method, stacks)  # type: ignore[misc]
@@ -223,8 +221,7 @@ def shapes_report(repeats: int) -> dict[str, Any]:
             merge_stacks(method, {name: stack}) for name, stack in stacks.items()
         ]
     for method, plain in (("iso_c", plain_iso_c), ("tsv_m", plain_tsv_m)):
-        runs[f"{method}, 2 layers, side by side"] = lambda method=method: merge_stacks(method, few)  # type: ignore[misc]
-        runs[f"{method}, 2 layers, one by one"] = lambda method=method: merge_stacks(method, few, options=alone)  # type: ignore[misc]
+        runs[f"{method}, 2 layers"] = lambda method=method: merge_stacks(method, few)  # type: ignore[misc]
         runs[f"{method}, 2 layers, authors' form"] = lambda plain=plain: [plain(stack) for stack in matrices]  # type: ignore[misc]
     return medians(runs, repeats)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from merging import merge_stacks
 from taskvec.errors import NonFiniteError
 from taskvec.plan import Formula
-from taskvec.sweep import Options, Outcome
+from taskvec.sweep import Outcome
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -156,15 +156,3 @@ def test_a_value_that_is_not_a_number_is_refused_by_spherical_merges_too():
     stacks["up"][1, 5, 7] = float("inf")
     with pytest.raises(NonFiniteError, match="up"):
         merge_stacks("slerp", stacks)
-
-
-@pytest.mark.parametrize("method", ["iso_c", "tsv_m"])
-def test_decompositions_side_by_side_are_those_one_after_the_other(method):
-    draw = torch.Generator().manual_seed(10)
-    stacks = {f"layer {i}": (torch.randn(3, 96, 64 + i % 2, generator=draw) * 1e-3).cuda() for i in range(12)}
-    together = merge_stacks(method, stacks, options=Options(workers=4))
-    alone = merge_stacks(method, stacks, options=Options(workers=1))
-    here = merge_stacks(method, {name: stack.cpu() for name, stack in stacks.items()})
-    for name in stacks:
-        assert torch.equal(together[name], alone[name])
-        torch.testing.assert_close(together[name].cpu(), here[name], rtol=1e-4, atol=1e-8)
