@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from taskvec.blocks import is_matrix
-from taskvec.deltas import Tile
+from taskvec.deltas import Deltas, Tile
 
 _PIECE = 1 << 22  # elements converted to float64 at once
 
@@ -153,15 +153,32 @@ def weights_norm(tile: Tile) -> float:
     return math.sqrt(float(squares.sum()))
 
 
+def without_matrices(deltas: Deltas, excluded: Sequence[str], consequence: str) -> list[str]:
+    """A warning where a method for matrices finds none among the tensors of a model; else nothing.
+
+    Args:
+        deltas: the merge's.
+        excluded: shell-style patterns of names that it does not treat as matrices.
+        consequence: what becomes of all tensors then.
+    """
+    infos = deltas.infos
+    # one tensor: statistics by tensor, where each asks for itself
+    if len(infos) < 2 or any(is_weight_matrix(name, info.shape, excluded) for name, info in infos.items()):
+        return []
+    return [f"none of the {len(infos)} tensors is a matrix (kernels of convolutions are not), so all {consequence}"]
+
+
 class RankWatch:
     """Collects over a merge which matrices had a low numerical rank, and says so once.
 
     Args:
         consequence: what the method does about it.
+        warnings: what else to warn of.
     """
 
-    def __init__(self, consequence: str):
+    def __init__(self, consequence: str, warnings: Sequence[str] = ()):
         self._consequence = consequence
+        self._warnings = list(warnings)
         self._lock = threading.Lock()
         self._low: dict[str, tuple[int, int]] = {}
         self._notes: dict[str, str] = {}
@@ -195,7 +212,7 @@ class RankWatch:
 
     def facts(self) -> dict[str, Any]:
         """What to report when the merge is done."""
-        warnings = [f"{text} (first: {name})" for text, name in sorted(self._notes.items())]
+        warnings = [*self._warnings, *(f"{text} (first: {name})" for text, name in sorted(self._notes.items()))]
         if self._low:
             name = min(self._low)
             rank, full = self._low[name]

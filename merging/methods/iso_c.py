@@ -5,7 +5,7 @@ from typing import Literal
 from torch import Tensor
 
 from merging.method import Patterns, merge_method, plain_mean
-from merging.spectra import RankWatch, is_weight_matrix, rounding_floor, svd, weights_norm
+from merging.spectra import RankWatch, is_weight_matrix, rounding_floor, svd, weights_norm, without_matrices
 from taskvec.deltas import Deltas, Tile, rounding_of
 from taskvec.plan import Plan, Report
 
@@ -33,7 +33,7 @@ def iso_c(
     Differs from the authors' code on input of low rank: directions in which the sum is zero up to rounding stay zero;
     the reference puts energy into them, in arbitrary directions.
     """
-    watch = RankWatch("only the directions within it are flattened")
+    watch = RankWatch("only the directions within it are flattened", without_matrices(deltas, averaged, "are averaged"))
     yield Report(watch.facts)
 
     def kernel(tile: Tile) -> Tensor:

@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from merging.method import Patterns, merge_method, plain_mean, weighted_rows
-from merging.spectra import RankWatch, is_weight_matrix, polar, rounding_floor, svd, weights_norm
+from merging.spectra import RankWatch, is_weight_matrix, polar, rounding_floor, svd, weights_norm, without_matrices
 from taskvec.deltas import Deltas, Tile, rounding_of
 from taskvec.plan import Plan, Report
 
@@ -37,7 +37,9 @@ def iso_cts(
     this is Iso-C, with a warning. Other tensors are averaged; `scale` is α. A task weight scales its task vector.
     Differs from the authors' code on input of low rank: no directions that are zero up to rounding are kept.
     """
-    watch = RankWatch("only the directions within it are kept and flattened")
+    watch = RankWatch(
+        "only the directions within it are kept and flattened", without_matrices(deltas, averaged, "are averaged")
+    )
     yield Report(watch.facts)
 
     def kernel(tile: Tile) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from merging.method import Patterns, Share, merge_method, plain_mean, weighted
-from merging.spectra import RankWatch, is_weight_matrix, svd
+from merging.spectra import RankWatch, is_weight_matrix, svd, without_matrices
 from taskvec.deltas import Deltas, Tile
 from taskvec.plan import Plan, Report
 
@@ -32,7 +32,7 @@ def knots(
     Differs from the authors' code: coordinates of directions that are zero up to rounding take no part in trimming,
     and trimming is by matrix, where theirs is over all matrices together.
     """
-    watch = RankWatch("only the coordinates within it are merged")
+    watch = RankWatch("only the coordinates within it are merged", without_matrices(deltas, averaged, "are averaged"))
     yield Report(watch.facts)
 
     def kernel(tile: Tile) -> Tensor:

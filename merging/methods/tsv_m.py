@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from merging.method import Patterns, merge_method, plain_mean, weighted_rows
-from merging.spectra import RankWatch, is_weight_matrix, polar, rounding_floor, svd
+from merging.spectra import RankWatch, is_weight_matrix, polar, rounding_floor, svd, without_matrices
 from taskvec.deltas import Deltas, Tile, rounding_of
 from taskvec.plan import Plan, Report
 
@@ -29,7 +29,10 @@ def tsv_m(
     Differs from the authors' code on input of low rank: a task keeps no more directions than its numerical rank, where
     the reference keeps arbitrary ones. With more tasks than r, each keeps one.
     """
-    watch = RankWatch("each task keeps only its own directions, none of those that are zero up to rounding")
+    watch = RankWatch(
+        "each task keeps only its own directions, none of those that are zero up to rounding",
+        without_matrices(deltas, averaged, "are averaged"),
+    )
     yield Report(watch.facts)
 
     def kernel(tile: Tile) -> Tensor:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from merging.method import Count, Patterns, Positive, merge_method, plain_mean, weighted_rows
-from merging.spectra import is_weight_matrix
+from merging.spectra import is_weight_matrix, without_matrices
 from taskvec.blocks import is_embedding, is_head, is_norm
 from taskvec.deltas import Deltas, Tile
-from taskvec.plan import Kernel
+from taskvec.plan import Plan, Report
 
 
 @merge_method(
@@ -28,7 +28,7 @@ def wudi(
     ridge: Positive = 1e-3,
     others: Literal["base", "mean"] = "base",
     excluded: Patterns = (),
-) -> Kernel:
+) -> Plan:
     """Find for each matrix the update that, on each task's own row space, acts like that task's.
 
     Args:
@@ -44,6 +44,8 @@ def wudi(
     2 (M Σ C_t - Σ Δ_t C_t), and `ridge` is M = (Σ Δ_t C_t + μ Σ Δ_t)(Σ C_t + μ I)⁻¹. Arithmetic is float64. Task
     vectors of very different norms break it; equalise them first. A task weight w asks M to act like w Δ_t.
     """
+    kept = "stay the base's" if others == "base" else "are averaged"
+    yield Report({"warnings": without_matrices(deltas, excluded, kept)})
 
     def kernel(tile: Tile) -> Tensor:
         special = is_embedding(tile.name) or is_head(tile.name) or is_norm(tile.name)

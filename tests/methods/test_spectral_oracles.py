@@ -314,3 +314,21 @@ def test_the_reference_form_of_iso_c_would_not_agree_with_itself_here():
     outside = reference - inside @ inside.T @ reference
     assert float(outside.square().sum() / reference.square().sum()) == pytest.approx(18 / 24)
     assert float((ours - inside @ inside.T @ ours).norm() / ours.norm()) < 1e-9
+
+
+@pytest.mark.parametrize("method", ["iso_c", "iso_cts", "knots", "tsv_m", "wudi"])
+def test_a_model_without_matrices_is_warned_of(method, tmp_path):
+    from safetensors.torch import save_file
+
+    from merging import Recipe, merge
+
+    generator = torch.Generator().manual_seed(0)
+    for name in ("base", "one", "two"):
+        tensors = {"conv.weight": torch.randn(4, 3, 1, 1, generator=generator), "bn.weight": torch.randn(4)}
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    paths = [str(tmp_path / f"{name}.safetensors") for name in ("one", "two")]
+    recipe = Recipe.from_data({"base": str(tmp_path / "base.safetensors"), "tasks": paths, "method": method})
+    outcome = merge(recipe, tmp_path / "out")
+    what = "stay the base's" if method == "wudi" else "are averaged"
+    said = f"{method}: none of the 2 tensors is a matrix (kernels of convolutions are not), so all {what}"
+    assert said in outcome.warnings
