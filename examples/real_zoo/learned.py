@@ -84,7 +84,7 @@ def configuration(use: str, options: argparse.Namespace) -> dict[str, Any]:
             "data": {name: {"path": str(sentences(name))} for name in language.DOMAINS},
             "objective": "causal_lm",
             "max_length": language.LENGTH,
-            "batch": 4,
+            "batch": min(options.batch, 4),
             "steps": options.steps,
             "schedule": "cosine",
             "initial": 0.3,
