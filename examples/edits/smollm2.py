@@ -5,6 +5,8 @@
 
 For each form, dtype and layer all edits are in the model at once, and it is counted how many prompts answer the whole
 target (greedy), how many of the other prompts continue differently, and the NLL ratio over all tokens of held-out text.
+"auto" lets the library choose the form; "in-place-single" has one edit at a time in the model, as the paper does, and
+gives the mean number of changed prompts. `--many 1000` puts so many edits into one jet-pack.
 """
 
 import argparse
@@ -20,10 +22,11 @@ import torch
 
 from examples.edits.facts import FACTS, NEIGHBOURS, PARAPHRASES
 from examples.real_zoo.data import data_folder, fetch, read, read_all
-from merging.edits import JetPack, Optimisation, check, edit_in_place, edit_widen
+from merging.edits import JetPack, Optimisation, check, edit_auto, edit_in_place, edit_widen
+from taskvec.errors import EditError
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-FORMS = ("widen", "widen-raw", "jetpack", "fold", "in-place", "in-place-contrast")
+FORMS = ("auto", "widen", "widen-raw", "widen-contrast", "jetpack", "fold", "in-place", "in-place-single")
 
 
 def base_folder() -> Path:
@@ -77,10 +80,10 @@ def held_out(count: int = 12) -> list[str]:
     return [" ".join(document.split()[:300]) for document in documents()[5::12]][:count]
 
 
-def openings(count: int) -> Iterator[str]:
-    """Other prompts: the first 5 to 16 words of sentences from yet other documents."""
+def openings(count: int, start: int = 8) -> Iterator[str]:
+    """Other prompts: the first 5 to 16 words of sentences from yet other documents, every twelfth from `start`."""
     made = 0
-    for number, document in enumerate(documents()[8::12] * 4):
+    for number, document in enumerate(documents()[start::12] * 4):
         sentences = [s.strip() for s in document.split(" . ")]
         for index, sentence in enumerate(sentences[number // 42 :: 9]):
             words = sentence.split()[: 5 + (index * 7 + number) % 12]
@@ -112,60 +115,161 @@ def made(
         return edit_widen(model, facts, tokenizer, **several)
     if form == "in-place":
         return edit_in_place(model, facts, tokenizer, **several, corpus=corpus)
-    if form == "in-place-contrast":
-        return edit_in_place(model, facts, tokenizer, **several, corpus=corpus, detector="contrast")
+    if form == "auto":
+        return edit_auto(model, facts, tokenizer, **several, corpus=corpus)
+    if form == "widen-contrast":
+        return edit_widen(model, facts, tokenizer, **several, corpus=corpus, detector="contrast")
     pack = JetPack.fit(model, facts, tokenizer, **several, corpus=corpus, to_fold=form == "fold")
     return pack if form == "jetpack" else pack.fold(model)
 
 
-def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    corpus, text = background(), held_out(options.text)
+def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    corpus, text = background(options.corpus), held_out(options.text)
     prompts = NEIGHBOURS[: options.prompts // 5] if options.prompts < 5 * len(NEIGHBOURS) else list(NEIGHBOURS)
     prompts += list(openings(options.prompts - len(prompts)))
-    rows = []
-    facts = None
     for dtype in options.dtypes:
         model, tokenizer = load(dtype, options.device)
-        if facts is None or dtype != options.dtypes[0]:
-            facts = wrong_facts(model, tokenizer, options.edits)
+        facts = wrong_facts(model, tokenizer, options.edits)
+        continuations = base_continuations(model, tokenizer, prompts, options.batch)
         for layer in options.layers:
             for form in options.forms:
-                began = time.perf_counter()
+                where = {"form": form, "dtype": dtype, "layer": layer}
                 try:
+                    if form == "in-place-single":
+                        yield where | one_by_one(
+                            model, tokenizer, facts, layer, corpus, prompts, continuations, options
+                        )
+                        continue
+                    began = time.perf_counter()
                     edits = made(form, model, tokenizer, facts, layer, corpus, options.batch)
-                except Exception as error:
-                    rows.append({"form": form, "dtype": dtype, "layer": layer, "error": str(error)})
-                    print(json.dumps(rows[-1]), flush=True)
+                    seconds = time.perf_counter() - began
+                except EditError as error:
+                    yield where | {"error": str(error)}
                     continue
-                seconds = time.perf_counter() - began
                 report = check(
-                    model, edits, tokenizer, prompts=prompts, text=text, paraphrases=known(facts), batch=options.batch
+                    model,
+                    edits,
+                    tokenizer,
+                    prompts=prompts,
+                    text=text,
+                    paraphrases=known(facts),
+                    batch=options.batch,
+                    continuations=continuations,
                 )
-                first = edits if isinstance(edits, JetPack) else edits[0]
-                rows.append(
-                    {
-                        "form": form,
-                        "dtype": dtype,
-                        "layer": layer,
-                        "edits": len(facts),
-                        "success": report.success,
-                        "prompts": report.prompts,
-                        "fired": report.fired,
-                        "changed": report.changed,
-                        "changed_prompts": report.changed_prompts[:6],
-                        "logits": report.largest_logit_change,
-                        "nll_ratio": report.nll_ratio,
-                        "kl": report.kl,
-                        "text_tokens": report.text_tokens,
-                        "paraphrases": report.paraphrase_success,
-                        "theta": first.theta,
-                        "response": first.response,
-                        "seconds_per_edit": round(seconds / len(facts), 3),
-                        "failed": [e["prompt"] for e in report.edits if not e["success"]],
-                    }
-                )
-                print(json.dumps(rows[-1]), flush=True)
-    return rows
+                yield where | row_of(edits, report, seconds / len(facts))
+        if options.many:
+            yield {"form": "many", "dtype": dtype, "layer": options.layers[0]} | many_edits(
+                model, tokenizer, options.layers[0], corpus, prompts, continuations, options
+            )
+
+
+def base_continuations(model: Any, tokenizer: Any, prompts: list[str], batch: int) -> list[tuple[int, ...]]:
+    """What the base says to the other prompts, found once for all rows of a dtype."""
+    from merging.edits.report import _continued
+    from merging.edits.site import evaluating
+    from merging.edits.stealth import prompt_ids
+
+    with evaluating(model):
+        return _continued(model, [prompt_ids(tokenizer, p) for p in prompts], 8, batch)
+
+
+def row_of(edits: Any, report: Any, seconds: float) -> dict[str, Any]:
+    first = edits if isinstance(edits, JetPack) else edits[0]
+    return {
+        "chosen": "jet-pack" if isinstance(edits, JetPack) else f"{first.form} {first.kind}",
+        "edits": len(report.edits),
+        "success": report.success,
+        "prompts": report.prompts,
+        "fired": report.fired,
+        "changed": report.changed,
+        "changed_prompts": report.changed_prompts[:6],
+        "logits": report.largest_logit_change,
+        "outside": report.largest_outside,
+        "nll_ratio": report.nll_ratio,
+        "kl": report.kl,
+        "text_tokens": report.text_tokens,
+        "paraphrases": report.paraphrase_success,
+        "theta": first.theta,
+        "response": first.response,
+        "seconds_per_edit": round(seconds, 3),
+        "failed": [e["prompt"] for e in report.edits if not e["success"]],
+        "why": first.why if isinstance(edits, JetPack) else first.measured.get("why"),
+    }
+
+
+def one_by_one(
+    model: Any,
+    tokenizer: Any,
+    facts: list[tuple[str, str]],
+    layer: int,
+    corpus: list[str],
+    prompts: list[str],
+    continuations: list[tuple[int, ...]],
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """Each edit alone in the model: how many succeed, and how many of the other prompts each changes."""
+    good, changed, fired, largest, seconds = 0, [], 0, 0.0, 0.0
+    first: Any = None
+    for fact in facts[: options.single]:
+        began = time.perf_counter()
+        (edit,) = made("in-place", model, tokenizer, [fact], layer, corpus[:12], options.batch)
+        seconds += time.perf_counter() - began
+        report = check(model, [edit], tokenizer, prompts=prompts, batch=options.batch, continuations=continuations)
+        good += report.success == 1
+        changed.append(report.changed)
+        fired += report.fired
+        largest = max(largest, report.largest_outside or 0.0)
+        first = first or edit
+    return {
+        "chosen": f"{first.form} {first.kind}",
+        "edits": len(changed),
+        "success": good / len(changed),
+        "prompts": len(prompts),
+        "fired": fired,
+        "changed": sum(changed) / len(changed),
+        "changed_each": changed,
+        "logits": largest,
+        "outside": largest,
+        "nll_ratio": None,
+        "theta": first.theta,
+        "seconds_per_edit": round(seconds / len(changed), 3),
+    }
+
+
+def many_edits(
+    model: Any,
+    tokenizer: Any,
+    layer: int,
+    corpus: list[str],
+    prompts: list[str],
+    continuations: list[tuple[int, ...]],
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """Openings of sentences that are to be continued with the facts' answers, all in one jet-pack."""
+    distinct = dict.fromkeys(openings(3 * options.many, start=2))
+    asked = [p for p in distinct if p not in prompts][: options.many]
+    wanted = [(prompt, FACTS[number % len(FACTS)][1]) for number, prompt in enumerate(asked)]
+    began = time.perf_counter()
+    pack = JetPack.fit(
+        model, wanted, tokenizer, layer=layer, corpus=corpus, optimisation=Optimisation(batch=options.many_batch)
+    )
+    seconds = time.perf_counter() - began
+    began = time.perf_counter()
+    report = check(
+        model,
+        pack,
+        tokenizer,
+        prompts=prompts,
+        text=held_out(options.text),
+        batch=options.batch,
+        continuations=continuations,
+    )
+    row = row_of(pack, report, seconds / len(wanted))
+    return row | {
+        "seconds": round(seconds, 2),
+        "check_seconds": round(time.perf_counter() - began, 2),
+        "rows": len(pack.triggers),
+    }
 
 
 def known(facts: list[tuple[str, str]]) -> dict[str, list[str]]:
@@ -176,16 +280,18 @@ def known(facts: list[tuple[str, str]]) -> dict[str, list[str]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| form | dtype | layer | theta | whole target | others changed | fired | largest logit change | NLL ratio | s an edit |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| form | dtype | layer | chosen | theta | whole target | others changed | a detector fired on | largest logit change outside "
+        "| NLL ratio | s an edit |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         if "error" in row:
-            lines.append(f"| {row['form']} | {row['dtype']} | {row['layer']} | refused: {row['error']} |||||||")
+            lines.append(f"| {row['form']} | {row['dtype']} | {row['layer']} | refused: {row['error']} ||||||||")
             continue
         lines.append(
-            f"| {row['form']} | {row['dtype']} | {row['layer']} | {row['theta']:g} | {row['success']:.0%} of {row['edits']} | "
-            f"{row['changed']} of {row['prompts']} | {row['fired']} | {row['logits']:.2g} | {row['nll_ratio']:.6f} | "
+            f"| {row['form']} | {row['dtype']} | {row['layer']} | {row['chosen']} | {row['theta']:g} | {row['success']:.0%} of "
+            f"{row['edits']} | {row['changed']:g} of {row['prompts']} | {row['fired']} | {row['outside']:.2g} | "
+            f"{'' if row['nll_ratio'] is None else format(row['nll_ratio'], '.6f')} | "
             f"{row['seconds_per_edit']:.2f} |"
         )
     return "\n".join(lines)
@@ -199,14 +305,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[17])
     parser.add_argument("--dtypes", nargs="+", default=["float32"])
     parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS)
+    parser.add_argument("--corpus", type=int, default=40, help="documents that give the features' centre and spread")
+    parser.add_argument("--single", type=int, default=50, help="edits that in-place-single makes, one at a time")
+    parser.add_argument("--many", type=int, default=0, help="so many edits in one jet-pack, at the first layer")
+    parser.add_argument("--many-batch", type=int, default=128, help="of those, how many are optimised together")
     parser.add_argument("--batch", type=int, default=16, help="sequences at a time")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     options = parser.parse_args(arguments)
-    rows = run(options)
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(rows, indent=1) + "\n")
+    rows: list[dict[str, Any]] = []
+    for row in run(options):
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        if options.out is not None:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(rows, indent=1) + "\n")
     print(table(rows), file=sys.stderr)
 
 

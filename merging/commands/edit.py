@@ -66,10 +66,15 @@ def _making(command: Callable[..., None]) -> Callable[..., None]:
     type=click.Choice(["auto", "widen", "in-place"]),
     default="auto",
     show_default=True,
-    help="auto: widen where it is exact, else in place.",
+    help="auto: widen where it is exact, else in place (`edit auto` chooses among all forms).",
 )
 @click.option("--detector", default="auto", show_default=True, help="auto, affine, tangent, surrogate or contrast.")
-@click.option("--neuron", default="auto", show_default=True, help="In place: auto, quietest, least-used or an index.")
+@click.option(
+    "--neuron",
+    default="auto",
+    show_default=True,
+    help="In place: auto, quietest, least-used, least-missed or an index.",
+)
 @click.option(
     "--file-only", is_flag=True, help="OUT is a file of edits, to be applied later; no checkpoint is written."
 )
@@ -90,7 +95,6 @@ def stealth(
 ) -> None:
     """Make stealth edits of MODEL and write the edited checkpoint (with its edits) to OUT."""
     from merging.edits import edit_in_place, edit_widen, save_edits
-    from merging.edits.edit import apply_edits
     from merging.edits.site import Site
     from merging.edits.stealth import read_requests
 
@@ -118,20 +122,38 @@ def stealth(
     if file_only:
         save_edits(listed, out)
     elif changing:
-        source: Any = model
-        if options["dtype"] is not None:
-            # the edits are of the cast model, so the cast model is what they are applied to
-            source = _cast_copy(model, options["dtype"])
-        try:
-            apply_edits(source, listed, out, overwrite=overwrite)
-        finally:
-            if source != model:
-                import shutil
-
-                shutil.rmtree(Path(source).parent, ignore_errors=True)
-    _print_edits([one.summary() for one in listed], as_json)
+        _write_edited(model, listed, out, overwrite, options["dtype"])
+    _print_edits([one.summary() for one in listed], as_json, _reasons(listed))
     if not changing and not file_only:
         click.echo("Every answer is right already; nothing was written.", err=True)
+
+
+@edit.command()
+@click.argument("model")
+@click.argument("out", type=click.Path())
+@_making
+def auto(model: str, out: str, edits: str, as_json: bool, overwrite: bool, **options: Any) -> None:
+    """Make edits of MODEL in the form that fits its dtype, and say why.
+
+    OUT is an edited checkpoint (plain neurons), or a jet-pack where neurons of that dtype would fire on other prompts.
+    """
+    from merging.edits import JetPack, edit_auto
+    from merging.edits.stealth import read_requests
+    from taskvec.errors import UsageError
+
+    requests = read_requests(edits)
+    _check_free(out, overwrite)
+    if options["response"] is not None:
+        raise UsageError("--response: `auto` chooses it; take `stealth` or `jetpack` to set it.")
+    loaded, tokenizer, common = _prepared(model, options)
+    made = edit_auto(loaded, requests, tokenizer, **common)
+    if isinstance(made, JetPack):
+        made.save(out)
+        _print_edits(_pack_rows(made), as_json, made.why)
+        return
+    if any(not one.changes_nothing for one in made):
+        _write_edited(model, made, out, overwrite, options["dtype"])
+    _print_edits([one.summary() for one in made], as_json, _reasons(made))
 
 
 @edit.command()
@@ -163,21 +185,7 @@ def jetpack(model: str, out: str, fold: bool, edits: str, as_json: bool, overwri
         apply_edits(model, pack.fold(loaded), out, overwrite=overwrite)
     else:
         pack.save(out)
-    rows = [
-        {
-            "prompt": entry.prompt,
-            "target": entry.target,
-            "layer": pack.layer,
-            "theta": pack.theta,
-            "measured": dict(entry.measured),
-        }
-        for entry in pack.entries
-    ]
-    rows += [
-        {"prompt": entry.prompt, "target": entry.target, "note": "The model gives this answer already.", "measured": {}}
-        for entry in pack.skipped
-    ]
-    _print_edits(rows, as_json)
+    _print_edits(_pack_rows(pack), as_json, pack.why)
 
 
 @edit.command("list")
@@ -369,6 +377,43 @@ def _prepared(model: str, options: dict[str, Any]) -> tuple[Any, Any, dict[str, 
     return loaded, tokenizer, common
 
 
+def _pack_rows(pack: Any) -> list[dict[str, Any]]:
+    rows = [
+        {
+            "prompt": entry.prompt,
+            "target": entry.target,
+            "form": "jet-pack",
+            "layer": pack.layer,
+            "theta": pack.theta,
+            "measured": dict(entry.measured),
+        }
+        for entry in pack.entries
+    ]
+    return rows + [
+        {"prompt": entry.prompt, "target": entry.target, "note": "The model gives this answer already.", "measured": {}}
+        for entry in pack.skipped
+    ]
+
+
+def _reasons(edits: Sequence[Any]) -> Sequence[str]:
+    return next((one.measured["why"] for one in edits if one.measured.get("why")), ())
+
+
+def _write_edited(model: str, edits: Sequence[Any], out: str, overwrite: bool, dtype: str | None) -> None:
+    """Applies edits to the checkpoint they were made of: the stored one, or its cast."""
+    import shutil
+
+    from merging.edits.edit import apply_edits
+
+    # edits of a cast model are applied to the cast model
+    source = model if dtype is None else _cast_copy(model, dtype)
+    try:
+        apply_edits(source, edits, out, overwrite=overwrite)
+    finally:
+        if source != model:
+            shutil.rmtree(Path(source).parent, ignore_errors=True)
+
+
 def _cast_copy(model: str, dtype: str) -> str:
     """A copy of the checkpoint in another dtype, in a temporary folder."""
     from tempfile import mkdtemp
@@ -416,7 +461,9 @@ def _check_free(out: str, overwrite: bool) -> None:
         raise OutputExistsError(f"{out}: exists already. Choose another name, or pass --overwrite.")
 
 
-def _print_edits(rows: Sequence[dict[str, Any]], as_json: bool) -> None:
+def _print_edits(rows: Sequence[dict[str, Any]], as_json: bool, why: Sequence[str] = ()) -> None:
+    for reason in why:
+        click.echo(reason, err=True)
     if as_json:
         click.echo(json.dumps({"edits": list(rows)}, ensure_ascii=False))
         return

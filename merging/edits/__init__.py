@@ -17,6 +17,7 @@ _HOME = {
     "apply_edits": "edit",
     "calibrated": "features",
     "check": "report",
+    "edit_auto": "choice",
     "edit_in_place": "stealth",
     "edit_widen": "stealth",
     "edited": "edit",

@@ -20,6 +20,7 @@ THETA = 0.005
 RESPONSE = 50.0
 """Pre-activation that a detector has at its trigger (Δ in the paper)."""
 
+_RIDGE = 0.01  # of a feature's square; SmolLM2: siblings of a prompt stay below 0.91 of its response, 1.0 at 0.001
 _CUT = 0.05  # share of a row's action that may be lost to a dtype's range
 
 Vector = Annotated[Tensor, "d"]
@@ -86,8 +87,8 @@ class Detector:
     Attributes:
         row: [d], weights on the MLP input x itself (not on the sphere).
         bias: scalar, or None where the MLP has no bias and the row imitates it.
-        kind: "affine" (raw cone, exact), "tangent" (inside the centred cone, one-sided), "surrogate" or "contrast"
-            (no bias: true on features like those of the sample only).
+        kind: "affine" (raw cone, exact), "tangent" (inside the centred cone, one-sided), "contrast" (a learned half-space)
+            or "surrogate" (no bias: true on features like those of the sample only).
         theta: half-width of the cone in cosine.
         response: pre-activation at the trigger.
     """
@@ -297,6 +298,67 @@ def steady_functional(others: Features, sphere: Sphere, *, ridge: float = 1e-6) 
     return sphere.pulled_back(torch.linalg.solve(moment, points.mean(dim=0)), points.new_zeros(()))[0]
 
 
+class Negatives:
+    """Features on which a contrast detector shall stay low: second moments, so that every trigger costs one solve.
+
+    Three kinds with equal weight: other text, what lies near all triggers, and what lies near the one trigger. Text alone
+    says nothing about prompts of the same shape ("The capital of Norway is"), which are what a detector is mistaken about.
+
+    Args:
+        text: [n, d], MLP inputs of other text.
+        near: [m, d], MLP inputs close to any trigger: siblings of all prompts, the other triggers, protected prompts.
+        sphere: of the norm before the MLP.
+        noise: 1 − cosine between two computations of one feature (batching, rounding); spread over all dimensions.
+
+    Raises:
+        EditError: fewer distinct features of text than dimensions.
+    """
+
+    def __init__(self, text: Features, near: Features, sphere: Sphere, *, noise: float = 1e-7):
+        check_finite(text, "features of other text")
+        self._sphere = sphere.double()
+        points = self._sphere.project(text.double())
+        if torch.unique(points, dim=0).shape[0] < sphere.width:
+            raise EditError(
+                f"Too few features for a detector without a bias: {points.shape[0]}, at least {sphere.width} distinct ones "
+                "(the model's width) are needed and several times as many are better. Give a longer corpus."
+            )
+        self._text = (points.T @ points / len(points), points.mean(dim=0))
+        close = self._sphere.project(near.double())
+        self._near = (close.T @ close, close.sum(dim=0), len(close))
+        # 1 − cos = ε moves a unit vector by √(2ε), that is 2ε/d in each dimension's square
+        self._ridge = max(2 * noise, _RIDGE) / sphere.width
+
+    def directions(self, trigger: Vector, own: Features) -> tuple[Vector, Vector]:
+        """Functionals on the sphere, 1 at the trigger: the one that is smallest on the negatives, and the steadiest one.
+
+        Args:
+            trigger: [d], MLP input; if it is among `near`, it is taken out.
+            own: [k, d], the siblings of this trigger (also among `near`), k may be 0.
+        """
+        tau, close = self._sphere.project(trigger.double()), self._sphere.project(own.double())
+        moment, mean = self._text
+        groups = [(moment, mean)]
+        second, first, count = self._near
+        if len(close):
+            groups.append((close.T @ close / len(close), close.mean(dim=0)))
+        if count - len(close) > 1:
+            rest = count - len(close)
+            groups.append(((second - close.T @ close) / rest, (first - close.sum(dim=0)) / rest))
+            share = 1 / (3 if len(close) else 2)
+            # the trigger itself is one of them; its own weight must not hold its response down
+            taken = share / rest
+        else:
+            taken = 0.0
+        moment = torch.stack([m for m, _ in groups]).mean(dim=0) - taken * torch.outer(tau, tau)
+        mean = torch.stack([m for _, m in groups]).mean(dim=0) - taken * tau
+        moment.diagonal().add_(self._ridge)
+        toward, steady = torch.linalg.solve(moment, torch.stack([tau, mean], dim=1)).T
+        if not float(toward @ tau) > 0 or abs(float(steady @ tau)) < 1e-6:
+            raise EditError("contrast: the trigger cannot be told from its negatives; choose another layer.")
+        return toward / (toward @ tau), steady / (steady @ tau)
+
+
 def contrast_detector(
     trigger: Vector,
     others: Features,
@@ -305,44 +367,47 @@ def contrast_detector(
     theta: float = THETA,
     response: float = RESPONSE,
     noise: float = 1e-7,
-    strength: float = 1.0,
+    siblings: Features | None = None,
+    biased: bool = False,
+    negatives: Negatives | None = None,
 ) -> Detector:
-    """A detector for MLPs without a bias: a cone whose constant, and whose silence elsewhere, are least squares.
+    """A half-space around the trigger whose direction is learned: least squares against other text and siblings.
 
-    Minimises the mean of (<w, x> + strength · Δ)² over other text, plus |w|² on the sphere times the noise of a feature,
-    under <w, x*> = Δ. Unlike the authors' surrogate it is silent by as much elsewhere as it answers at its trigger, with
-    the steepness that the sample allows instead of Δ/θ, so 16-bit noise moves it little.
+    r is the functional on the sphere that is 1 at the trigger and smallest in the mean square elsewhere; the neuron
+    answers Δ/θ · (r(x) − (1 − θ)). A cone around the raw direction gives a prompt of the same shape a cosine of 0.99;
+    here it gets 0.2 to 0.9, so θ may be ten times larger and 16-bit rounding, which is a share of 1, does no harm. There
+    is no theorem: how often it fires on held-out siblings is measured instead.
 
     Args:
         trigger: [d], MLP input at the trigger.
         others: [n, d], MLP inputs of other text, n ≥ d distinct.
         sphere: of the norm before the MLP.
-        theta: recorded only; the steepness comes from the sample.
+        theta: how far below its value at the trigger the response reaches zero, as a share of that value.
         response: pre-activation at the trigger.
-        noise: 1 − cosine between two computations of one feature (batching, rounding); spread over all dimensions.
-        strength: how far below zero other text shall lie, in units of the response.
+        noise: 1 − cosine between two computations of one feature (batching, rounding).
+        siblings: [k, d], MLP inputs of prompts close to this one.
+        biased: the neuron has a bias; otherwise the functional that is steadiest on the negatives stands in for it.
+        negatives: `others` and all siblings as moments, if they are known already.
     """
     check_theta(theta, response)
     check_finite(trigger, "trigger")
-    check_finite(others, "features of other text")
-    double = sphere.double()
-    points = double.project(others.double())
-    if torch.unique(points, dim=0).shape[0] < sphere.width:
-        raise EditError(
-            f"Too few features for a detector without a bias: {points.shape[0]}, at least {sphere.width} distinct ones "
-            "(the model's width) are needed and several times as many are better. Give a longer corpus."
-        )
-    moment = points.T @ points / points.shape[0]
-    # 1 − cos = ε moves a unit vector by √(2ε), that is 2ε/d in each dimension's square
-    moment.diagonal().add_(2 * noise / sphere.width)
+    own = trigger.new_zeros(0, len(trigger)) if siblings is None else siblings
+    if negatives is None:
+        negatives = Negatives(others, own, sphere, noise=noise)
+    toward, steady = negatives.directions(trigger, own)
+    double, slope = sphere.double(), response / theta
     tau = double.project(trigger.double())
-    toward, away = torch.linalg.solve(moment, torch.stack([tau, points.mean(dim=0)], dim=1)).T
-    low = strength * response
-    normal = toward * ((response + low * (away @ tau)) / (toward @ tau)) - low * away
-    row, _ = double.pulled_back(normal, tau.new_zeros(()))
+    if biased:
+        row, bias = double.pulled_back(slope * toward, tau.new_tensor(-slope * (1 - theta)))
+        return Detector(row, bias, "contrast", theta, response)
+    row, offset = double.pulled_back(slope * (toward - (1 - theta) * steady), tau.new_zeros(()))
     if double.shift is not None:
-        steady = steady_functional(others, sphere)
-        row = row + steady * ((response - row @ trigger.double()) / (steady @ trigger.double()))
+        # without a bias the norm's own shift is carried by the steady functional as well
+        carrier, _ = double.pulled_back(steady, tau.new_zeros(()))
+        at_trigger = carrier @ trigger.double()
+        if at_trigger.abs() < 1e-12:
+            raise EditError("The surrogate bias vanishes at the trigger; choose another layer.")
+        row = row + carrier * (offset / at_trigger)
     return Detector(row, None, "contrast", theta, response)
 
 

@@ -25,6 +25,7 @@ from merging.edits.site import Site
 from merging.edits.stealth import Background, Prepared, Request, Requests, Text
 from taskvec.checkpoint import content_hash
 from taskvec.errors import BaseMismatchError, CorruptFileError, EditError, NotFoundError
+from taskvec.precision import dtype_name
 from taskvec.source import in_memory
 
 FORMAT = "taskvec-jetpack"
@@ -64,6 +65,7 @@ class JetPack:
         plateau: the hidden values stop growing at `response`, which they reach half-way into the cone.
         active: an attached block that is not active adds nothing.
         renormalise: divide by |φ(x) − c| (the authors' default).
+        why: reasons for its layer, form and theta, where the library chose them.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class JetPack:
         base_hash: str = "",
         dtype: str = "",
         skipped: Sequence[Entry] = (),
+        why: Sequence[str] = (),
     ):
         check_theta(theta, response)
         check_finite(triggers, "jet-pack triggers")
@@ -97,6 +100,7 @@ class JetPack:
         self.entries, self.skipped = list(entries), list(skipped)
         self.theta, self.response, self.plateau = theta, response, plateau
         self.renormalise, self.compat, self.base_hash, self.dtype = renormalise, compat, base_hash, dtype
+        self.why = list(why)
         self.active = True
         self._handles: list[Any] = []
         self._build()
@@ -262,13 +266,22 @@ class JetPack:
         site = Site.find(model, layer)
         centroid = Background.of(site, chunks).centroid(site.sphere)
         half = site.dtype in (torch.float16, torch.bfloat16)
+        why: list[str] = []
         if theta is None:
             prompts = [s.prompt for p in plans for s in p.sequences]
             rounding = 0.0
             if to_fold:
                 triggers = [stealth.features_of(site, [prompt])[0][-1] for prompt in prompts]
                 rounding = stealth.arithmetic_noise(triggers, site.sphere, site.dtype, centroid)
-            theta = stealth.chosen_theta(stealth.feature_noise(site, prompts, centroid), rounding)
+            noise = stealth.feature_noise(site, prompts, centroid)
+            theta = stealth.chosen_theta(noise, rounding)
+            why.append(
+                f"Theta {theta:g}: in {dtype_name(site.dtype)} features move by {noise:.1g} (1 − cosine, centred) between kernels, "
+                f"alone or in a padded batch"
+                + (f", and rounding in folded neurons is worth {rounding:.1g}" if to_fold else "")
+                + f"; theta is the smallest usual one {stealth._NOISE_MARGIN:g} times above the first"
+                + (" and 2.5 times above the second." if to_fold else ".")
+            )
         pack = cls(
             site.layer,
             Sphere(
@@ -284,7 +297,8 @@ class JetPack:
             response=response,
             plateau=half if plateau is None else plateau,
             base_hash=content_hash(in_memory(model)),
-            dtype=str(site.dtype).removeprefix("torch."),
+            dtype=dtype_name(site.dtype),
+            why=why,
         )
         pack._learn(model, site, plans, protect, tokenizer, optimisation or Optimisation(), chat, progress, began)
         return pack
@@ -591,6 +605,7 @@ class JetPack:
             "own_length": self.sphere.own_length,
             "base_hash": self.base_hash,
             "dtype": self.dtype,
+            "why": self.why,
             "edits": [asdict(entry) for entry in self.entries],
             "already_right": [asdict(entry) for entry in self.skipped],
         }
@@ -630,6 +645,7 @@ class JetPack:
                 compat=text["compat"],
                 base_hash=text["base_hash"],
                 dtype=text["dtype"],
+                why=text.get("why", ()),
                 skipped=[_entry_from(e) for e in text["already_right"]],
             )
         except (SafetensorError, ValueError, KeyError, TypeError) as error:

@@ -328,6 +328,62 @@ def logits_of(model: nn.Module, ids: Tensor) -> Annotated[Tensor, "batch token v
     return logits
 
 
+# -- what a neuron is worth ---------------------------------------------------------------------------------------------
+
+
+def removal_effects(
+    site: Site, sequences: Sequence[Sequence[int]], *, batch: int = 8, seed: int = 0
+) -> Annotated[Tensor, "neuron"]:
+    """How much taking out each neuron of a layer would change what the model says: KL divergence a token, second order.
+
+    ½ E[(h_k <∂ log p(y), v_k>)²] with y drawn from the model itself, so the Fisher information of each neuron's
+    contribution h_k v_k. It sees what a norm does not: that later layers ignore some directions. In SmolLM2's layer 17 the
+    least of 1,536 neurons has 3e-6, the median 3e-5.
+
+    Args:
+        site: the layer.
+        sequences: token ids of text.
+        batch: sequences at a time.
+        seed: of the draws.
+    """
+    assert site.out is not None
+    model, device = site.model, device_of(site.model)
+    columns = site.out.weights().float()
+    total = torch.zeros(site.neurons, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        leaf = output.detach().requires_grad_(True)
+        seen.append((args[0].detach(), leaf))
+        return leaf
+
+    count, chosen = 0, sorted((ids for ids in sequences if len(ids) > 1), key=len)
+    for start in range(0, len(chosen), batch):
+        part = chosen[start : start + batch]
+        ids = padded(part, device)
+        # the first position is an attention sink in many models; no neuron is judged by it
+        valid = torch.zeros(ids.shape, dtype=torch.bool, device=device)
+        for row, own in enumerate(part):
+            valid[row, 1 : len(own)] = True
+        handle = site.out.module.register_forward_hook(hook)
+        try:
+            with frozen(model), torch.enable_grad():
+                scores = F.log_softmax(logits_of(model, ids)[valid].float(), dim=-1)
+                drawn = torch.multinomial(scores.detach().exp().cpu(), 1, generator=generator).to(device)
+                hidden, leaf = seen.pop()
+                (gradient,) = torch.autograd.grad(scores.gather(1, drawn).sum(), leaf)
+        finally:
+            handle.remove()
+            seen.clear()
+        place = valid.reshape(-1)
+        values = hidden.reshape(place.numel(), -1)[place].float()
+        moves = gradient.reshape(place.numel(), -1)[place].float() @ columns.T
+        total += (values * moves).double().square().sum(dim=0).cpu()
+        count += int(place.sum())
+    return total / max(1, 2 * count)
+
+
 # -- the authors' own procedure ----------------------------------------------------------------------------------------
 
 

@@ -17,9 +17,8 @@ from torch import nn
 
 from merging.edits import optimise, stealth
 from merging.edits.edit import Edit, Patch, apply_to_model, check_compatible, undo_on_model
-from merging.edits.features import RESPONSE, THETA
 from merging.edits.optimise import Sequence_, device_of, logits_of, padded
-from merging.edits.site import Site, decoder_layers, evaluating
+from merging.edits.site import Site, evaluating
 from merging.edits.stealth import Requests, Text
 from taskvec.errors import EditError
 
@@ -42,6 +41,7 @@ class Report:
         changed_bound: 95 % upper limit of that rate.
         changed_prompts: the first of them.
         largest_logit_change: over every position of prompts and text.
+        largest_outside: the same over positions up to which no detector has fired.
         neighbours, neighbours_changed: prompts close to the edits', and how many continue differently.
         text_tokens: tokens of text.
         nll_before, nll_ratio: mean −log p of the text before, and after over before.
@@ -61,6 +61,7 @@ class Report:
     changed_bound: float | None = None
     changed_prompts: tuple[str, ...] = ()
     largest_logit_change: float | None = None
+    largest_outside: float | None = None
     neighbours: int = 0
     neighbours_changed: int = 0
     text_tokens: int = 0
@@ -91,7 +92,10 @@ class Report:
         if self.neighbours:
             lines.append(f"neighbouring prompts changed: {self.neighbours_changed} of {self.neighbours}")
         if self.largest_logit_change is not None:
-            lines.append(f"largest logit change elsewhere: {self.largest_logit_change:.3g}")
+            lines.append(
+                f"largest logit change elsewhere: {self.largest_logit_change:.3g}; where no detector has fired: "
+                f"{self.largest_outside:.3g}"
+            )
         if self.text_tokens:
             lines.append(
                 f"text: {self.text_tokens} tokens, NLL {self.nll_before:.4f} × {self.nll_ratio:.6f}, KL {self.kl:.3g} mean, "
@@ -166,6 +170,7 @@ def check(
     chat: bool = False,
     batch: int = 16,
     length: int = 256,
+    continuations: Sequence[tuple[int, ...]] | None = None,
 ) -> Report:
     """Measures edits of one layer, all at once, on their base model; the model is as before afterwards.
 
@@ -181,6 +186,7 @@ def check(
         chat: prompts are a user's turns.
         batch: sequences at a time.
         length: longest piece of text, in tokens.
+        continuations: the base's greedy continuations of prompts and neighbours, if an earlier check found them.
     """
     from merging.edits.dimension import rate_bound
 
@@ -199,9 +205,9 @@ def check(
         scores = optimise.losses(model, [s for _, _, s in own], batch=batch)
         said = _paraphrased(model, tokenizer, own, paraphrases or {}, chat, batch)
         turn(False)
-        continued = _continued(model, [*ids, *near], tokens, batch)
+        continued = list(continuations or _continued(model, [*ids, *near], tokens, batch))
         watch = _Watch(edits, site)
-        largest, changed, fired = 0.0, [], 0
+        largest, outside, changed, fired = 0.0, 0.0, [], 0
         for start in range(0, len(continued), batch):
             sequences = [tuple(p) + c[:-1] for p, c in zip([*ids, *near][start : start + batch], continued[start:])]
             table = padded(sequences, device_of(model))
@@ -214,7 +220,9 @@ def check(
             for row, sequence in enumerate(sequences):
                 number = start + row
                 kept = slice(0, len(sequence))
-                largest = max(largest, float((after[row, kept] - before[row, kept]).abs().max()))
+                moved = (after[row, kept] - before[row, kept]).abs().amax(dim=-1)
+                largest = max(largest, float(moved.max()))
+                outside = max(outside, _largest_before(moved, watch.fired[row, kept]))
                 at = len(sequence) - len(continued[number])
                 same = torch.equal(
                     after[row, at : len(sequence)].argmax(-1), before[row, at : len(sequence)].argmax(-1)
@@ -231,11 +239,15 @@ def check(
             table = padded(chunk, device_of(model))
             before = logits_of(model, table)
             turn(True)
-            after = logits_of(model, table)
+            watch.shape = table.shape
+            with watch:
+                after = logits_of(model, table)
             turn(False)
             for row, piece in enumerate(chunk):
                 a, b = before[row, : len(piece)].float(), after[row, : len(piece)].float()
-                largest = max(largest, float((a - b).abs().max()))
+                moved = (a - b).abs().amax(dim=-1)
+                largest = max(largest, float(moved.max()))
+                outside = max(outside, _largest_before(moved, watch.fired[row, : len(piece)]))
                 p, q = F.log_softmax(a[:-1], -1), F.log_softmax(b[:-1], -1)
                 wanted = torch.tensor(piece[1:], device=p.device)[:, None]
                 nll_before -= float(p.gather(1, wanted).double().sum())
@@ -252,7 +264,16 @@ def check(
         {"prompt": prompt, "target": target, "success": good, "loss": round(score[0], 4)}
         for (prompt, target, _), good, score in zip(own, answers, scores)
     )
-    moved = changed[: len(ids)]
+    others = changed[: len(ids)]
+    in_place = [edit for edit in listed or () if edit.form == "in-place" and edit.patches]
+    notes = (
+        (
+            f"in place: {sum(len(edit.neurons) for edit in in_place)} neurons that did something were replaced, which changes other "
+            "answers even where no detector fires; widening and jet-packs replace none",
+        )
+        if in_place
+        else ()
+    )
     return Report(
         edits=outcome,
         success=sum(answers) / len(answers),
@@ -261,10 +282,11 @@ def check(
         prompts=len(ids),
         fired=fired,
         fired_bound=rate_bound(fired, len(ids)) if ids else None,
-        changed=sum(moved),
-        changed_bound=rate_bound(sum(moved), len(ids)) if ids else None,
-        changed_prompts=tuple(stealth._as_text(p) for p, c in zip(prompts, moved) if c)[:20],
+        changed=sum(others),
+        changed_bound=rate_bound(sum(others), len(ids)) if ids else None,
+        changed_prompts=tuple(stealth._as_text(p) for p, c in zip(prompts, others) if c)[:20],
         largest_logit_change=largest if continued or pieces else None,
+        largest_outside=outside if continued or pieces else None,
         neighbours=len(near),
         neighbours_changed=sum(changed[len(ids) :]),
         text_tokens=count,
@@ -274,7 +296,14 @@ def check(
         kl_max=kl_max if count else None,
         rounding=rounding,
         seconds=optimise.seconds_since(began),
+        notes=notes,
     )
+
+
+def _largest_before(moved: torch.Tensor, fired: torch.Tensor) -> float:
+    """The largest change at positions up to which nothing has fired: later ones attend to the place that did."""
+    still = fired.to(moved.device).int().cumsum(0) == 0
+    return float(moved[still].max()) if bool(still.any()) else 0.0
 
 
 def _own(edits: "Sequence[Edit] | JetPack") -> list[tuple[str, str, Sequence_]]:
@@ -352,10 +381,13 @@ class Plan:
     Attributes:
         layer, kind, form, theta, response, plateau: what would be chosen, and `why`.
         site: the layer's description.
-        bound: the theorem's bound on the rate at which a random prompt fires one detector (centred where the form is).
+        bound: the theorem's bound on the rate at which a random prompt fires one detector (centred where the form is). A
+            "contrast" detector has no theorem: there it is the 95 % limit of the rate on unseen siblings.
         dimension: the separability dimension it comes from.
         fires: {edit: other given prompts that its detector would fire on}.
-        noise: movement of features (1 − cosine) between alone and padded.
+        noise: movement between alone and padded: of features (1 − cosine), or of a contrast detector's response.
+        fired, siblings: unseen prompts of the same shape on which a detector fires, and how many were tried (16-bit dtypes).
+        missed_in_place: what edits in place would lose at least, in nats of KL divergence a token (None: not possible).
     """
 
     layer: int
@@ -371,16 +403,26 @@ class Plan:
     dimension: float
     fires: Mapping[str, tuple[str, ...]]
     noise: float
+    fired: int = 0
+    siblings: int = 0
+    missed_in_place: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     def text(self) -> str:
         lines = [self.site, *self.why]
-        lines.append(
-            f"theta {self.theta:g}, response {self.response:g}{', plateau' if self.plateau else ''}: by the theorem a random "
-            f"prompt fires a detector with probability ≤ {self.bound:.2g} (certified by this sample: {self.bound_upper:.2g})"
-        )
+        chosen = f"{self.form}, theta {self.theta:g}, response {self.response:g}{', plateau' if self.plateau else ''}: "
+        if self.kind == "contrast":
+            lines.append(
+                f"{chosen}a prompt of the same shape fires a detector with probability ≤ {self.bound:.2g} (95 %, "
+                f"{self.fired} of {self.siblings} unseen ones)"
+            )
+        else:
+            lines.append(
+                f"{chosen}by the theorem a random prompt fires a detector with probability ≤ {self.bound:.2g} (certified by "
+                f"this sample: {self.bound_upper:.2g})"
+            )
         for prompt, others in self.fires.items():
             lines.append(f"  the detector for {prompt!r} would also fire on {', '.join(map(repr, others))}")
         return "\n".join(lines)
@@ -405,73 +447,79 @@ def plan_edits(
         corpus: other texts: the metric is of their features.
         prompts: further prompts on which the detectors are tried.
     """
-    from merging.edits.dimension import intrinsic_dimension
+    from merging.edits.choice import chosen_form, explained_layer
+    from merging.edits.dimension import intrinsic_dimension, rate_bound
 
     given = [r if not isinstance(r, str) else (r, "x") for r in ([requests] if isinstance(requests, str) else requests)]  # type: ignore[union-attr]
     wanted, _ = stealth.requests_of(given)
-    ids = [stealth.prompt_ids(tokenizer, r.prompt, chat=chat) for r in wanted]
+    # a plan is about prompts; a target may be missing
+    bare = [replace(request, target=(0,)) for request in wanted]
+    plans = stealth.prepared(model, tokenizer, bare, chat=chat)
+    stealth._check_duplicates(plans)
     chunks = stealth.corpus_ids(tokenizer, corpus)
-    why = []
-    count = len(decoder_layers(model)[1])
+    why: list[str] = []
     if layer is None:
-        layer = stealth.chosen_layer(model, chunks, theta or THETA)
-        why.append(
-            f"Layer {layer} of {count}: the highest centred dimension between a third and nine tenths of the depth."
-        )
+        layer, reason = explained_layer(model, chunks, theta)
+        why.append(reason)
     site = Site.find(model, layer)
+    choice = chosen_form(site, plans, chunks, theta=theta)
+    why += choice.why
+    missed = None
+    if site.kind != "jet-pack" and not site.gate_only:
+        count = sum(len(plan.sequences) for plan in plans)
+        few = chunks[:: max(1, len(chunks) // 8)][:8]
+        missed = float(optimise.removal_effects(site, few).sort().values[:count].sum())
+        why.append(
+            f"In place would change other answers: without the {count} least missed neurons of this layer the model's "
+            f"predictions move by about {missed:.1g} nats of KL divergence a token, detectors aside."
+        )
+    ids = [plan.sequences[0].prompt for plan in plans]
     background = stealth.Background.of(site, chunks)
     centroid = background.centroid(site.sphere)
-    half = site.dtype in (torch.float16, torch.bfloat16)
-    if site.kind == "jet-pack":
-        form, kind = "jet-pack", "centred cone"
-    elif half:
-        form, kind = "jet-pack", "centred cone"
-        why.append(
-            "A neuron stored in 16 bits rounds its own pre-activation and needs a theta several times larger, which "
-            "neighbouring prompts may fall into; the side block is kept in float32 and keeps the small one."
-        )
-    elif site.kind in ("affine", "optional-bias"):
-        form, kind = "widen", "tangent"
-    else:
-        form, kind = "jet-pack", "centred cone"
-        why.append(
-            "Neurons without a bias are exact nowhere; a jet-pack is. In place or widened it would be 'surrogate'."
-        )
-    noise = stealth.feature_noise(site, ids, centroid)
-    chosen = stealth.chosen_theta(noise) if theta is None else theta
-    if theta is None:
-        why.append(
-            f"theta {chosen:g}: features move by {noise:.1g} (1 − cosine, centred) between running alone and in a padded batch "
-            f"in {str(site.dtype).removeprefix('torch.')}; theta is the smallest usual one {stealth._NOISE_MARGIN:g} times above."
-        )
-    if half:
-        why.append("16-bit dtype: the response levels off on a plateau, so that this noise does not reach the answer.")
     points = site.sphere.double().project(background.features[~background.first].double())
-    metric = intrinsic_dimension(points.float()[:5000], [chosen], centre=True, renormalise=True).rows()[0]
+    metric = intrinsic_dimension(points.float()[:5000], [choice.theta], centre=True, renormalise=True).rows()[0]
     triggers = torch.stack([f[-1] for f in stealth.features_of(site, ids)])
-    z = F.normalize(site.sphere.double().project(triggers.double()) - centroid, dim=-1)
     others = [stealth.prompt_ids(tokenizer, p, chat=chat) for p in prompts]
     at = [f[-1] for f in stealth.features_of(site, others)] if others else []
-    w = F.normalize(site.sphere.double().project(torch.stack(at).double()) - centroid, dim=-1) if at else z[:0]
+    everywhere = torch.cat([triggers, torch.stack(at)]) if at else triggers
+    if choice.session is not None and choice.kind == "contrast":
+        made = [choice.session._raw_detector(*pair) for pair in _first_triggers(choice.session, plans)]
+        close = torch.stack([detector(everywhere) for detector in made]) > 0
+        bound = upper = rate_bound(choice.fired, choice.siblings) if choice.siblings else 1.0
+    else:
+        z = F.normalize(site.sphere.double().project(everywhere.double()) - centroid, dim=-1)
+        close = z[: len(triggers)] @ z.T > 1 - choice.theta
+        bound, upper = float(metric["bound"]), float(metric["bound_upper"])
     names = [stealth._as_text(r.prompt) for r in wanted]
     everyone = [*names, *(stealth._as_text(p) for p in prompts)]
-    close = z @ torch.cat([z, w]).T > 1 - chosen
     fires = {
         name: tuple(everyone[j] for j in torch.nonzero(close[i]).flatten().tolist() if j != i)
         for i, name in enumerate(names)
     }
     return Plan(
         layer=layer,
-        kind=kind,
-        form=form,
-        theta=chosen,
-        response=stealth.PLATEAU if half and form == "widen" else RESPONSE,
-        plateau=half,
+        kind=choice.kind,
+        form=choice.form,
+        theta=choice.theta,
+        response=choice.response,
+        plateau=choice.plateau,
         why=tuple(why),
         site=site.describe(),
-        bound=float(metric["bound"]),
-        bound_upper=float(metric["bound_upper"]),
+        bound=bound,
+        bound_upper=upper,
         dimension=float(metric["dimension"]) if math.isfinite(float(metric["dimension"])) else math.inf,
         fires={name: others for name, others in fires.items() if others},
-        noise=noise,
+        noise=choice.noise,
+        fired=choice.fired,
+        siblings=choice.siblings,
+        missed_in_place=missed,
     )
+
+
+def _first_triggers(session: Any, plans: Sequence[Any]) -> list[tuple[int, torch.Tensor]]:
+    """Index and feature of each request's own prompt among all prompts of a session (paraphrases left out)."""
+    places, start = [], 0
+    for plan in plans:
+        places.append((start, session.features[start]))
+        start += len(plan.sequences)
+    return places

@@ -28,6 +28,7 @@ from merging.edits.features import (
     THETA,
     Detector,
     Moments,
+    Negatives,
     Sphere,
     affine_detector,
     calibrated,
@@ -46,10 +47,17 @@ from taskvec.errors import BaseMismatchError, DataError, EditError, did_you_mean
 from taskvec.precision import dtype_name, dtype_named
 from taskvec.source import in_memory
 
-THETAS = (0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1)
+THETAS = (0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.07, 0.1)
 """The values among which a theta is chosen."""
+SIBLINGS = 48
+"""Prompts of the same shape that are made for each prompt; a quarter of them only tests the detector."""
 PLATEAU = 16.0
 """Height of a plateau: SiLU and GELU are linear there to 2e-6, and 16-bit weights stay far from overflow."""
+_REPLY = 100  # tokens of a reply: a token of text on which a detector fires counts as so many sibling prompts
+_MISSED_TOKENS = 1024  # of text on which neurons are weighed against each other
+_MOVES_MARGIN = (
+    4.0  # theta over the measured movement of a response: half of it is plateau, and twice the largest seen fits in
+)
 _NOISE_MARGIN = 10.0  # theta over the measured feature noise (in cosine) from which a plateau stays flat in any batch
 _PAD_TO = 64  # neurons; multiples of 64 keep tensor cores and tensor-parallel splits happy
 
@@ -334,10 +342,21 @@ class Background:
         return sphere.double().project(self.features[~self.first].double()).mean(dim=0)
 
 
+def rounding_noise(site: Site) -> float:
+    """How far (1 − cosine) rounding alone may move a feature between two machines: one rounding of each layer before it.
+
+    ½ u² (layer + 1) with the dtype's u: 1.4e-4 in SmolLM2's layer 17 in bfloat16, where 0.7e-4 to 2e-4 were measured between
+    kernels and batch shapes. A machine whose kernels happen to agree shows none of it, so it is the least that is assumed.
+    """
+    unit = torch.finfo(site.dtype).eps / 2
+    return 0.5 * unit * unit * (site.layer + 1)
+
+
 def feature_noise(site: Site, prompts: Sequence[Sequence[int]], centroid: Tensor | None = None) -> float:
     """How far (1 − cosine) a prompt's feature moves between running alone and in a padded batch.
 
-    About 1e-7 in float32 and 1e-4 in bfloat16; a theta must be well above it. Centred at `centroid` where given.
+    About 1e-7 in float32 and 1e-4 in bfloat16; a theta must be well above it. At least `rounding_noise`. Centred at
+    `centroid` where given.
     """
     if not prompts:
         return 0.0
@@ -351,7 +370,89 @@ def feature_noise(site: Site, prompts: Sequence[Sequence[int]], centroid: Tensor
     a, b = sphere.project(torch.stack(alone).double()), sphere.project(torch.stack(together).double())
     if centroid is not None:
         a, b = a - centroid.double(), b - centroid.double()
-    return float((1 - torch.nn.functional.cosine_similarity(a, b, dim=-1)).max().clamp_min(0))
+    least = rounding_noise(site)
+    if centroid is not None:
+        # the same movement is a larger angle from the centre
+        least *= float(1 / a.square().sum(dim=-1).min().clamp(1e-3, 1.0))
+    return max(least, float((1 - torch.nn.functional.cosine_similarity(a, b, dim=-1)).max()))
+
+
+def siblings(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    text: Sequence[int],
+    *,
+    count: int = SIBLINGS,
+    seed: int = 0,
+) -> list[list[tuple[int, ...]]]:
+    """For each prompt others of the same shape: one or two of its tokens replaced, the first one kept.
+
+    Half of the replacements are the tokens whose embeddings are closest to the replaced one (Bhutan → Nepal), half are any
+    from `text`. A detector is tried on them and must stay silent; they have no other use.
+
+    Args:
+        model: for its embeddings.
+        prompts: token ids.
+        text: token ids to draw from.
+        count: for each prompt; fewer where there are not so many.
+        seed: of the draws.
+    """
+    table = model.get_input_embeddings().weight.detach()  # type: ignore[operator]
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(limit: int) -> int:
+        return int(torch.randint(limit, (1,), generator=generator))
+
+    wanted = sorted({token for prompt in prompts for token in prompt})
+    close: dict[int, list[int]] = {}
+    nearest = min(SIBLINGS, len(table) - 1)
+    norms = table.float().norm(dim=1).clamp_min(1e-12) if len(table) <= 1 << 18 else None
+    for start in range(0, len(wanted), 64):
+        part = wanted[start : start + 64]
+        scores = (table[part] @ table.T).float()
+        if norms is not None:
+            scores = scores / norms
+        found = scores.topk(nearest + 1, dim=1).indices.tolist()
+        for token, others in zip(part, found):
+            close[token] = [other for other in others if other != token][:nearest]
+    taken = {tuple(prompt) for prompt in prompts}
+    made: list[list[tuple[int, ...]]] = []
+    for prompt in prompts:
+        own: list[tuple[int, ...]] = []
+        first = 1 if len(prompt) > 1 else 0
+        for attempt in range(2 * count):
+            other = list(prompt)
+            for _ in range(1 + attempt % 2):
+                place = first + draw(len(prompt) - first)
+                near = attempt % 4 < 2 or not text
+                other[place] = close[prompt[place]][draw(nearest)] if near else text[draw(len(text))]
+            if tuple(other) not in taken and len(own) < count:
+                taken.add(tuple(other))
+                own.append(tuple(other))
+        made.append(own)
+    return made
+
+
+def response_noise(site: Site, prompts: Sequence[Sequence[int]], detectors: Sequence[Detector]) -> float:
+    """How far a detector's response moves between a prompt alone and in a padded batch, as a share of |row · x|.
+
+    The largest over the prompts (at most 32), or twice what `rounding_noise` does to such a row on average. In units of θ
+    for detectors whose value falls to zero θ below the trigger.
+    """
+    chosen = list(zip(prompts, detectors))[:32]
+    if not chosen:
+        return 0.0
+    longest = max(len(p) for p, _ in chosen) + 5
+    alone = torch.stack([features_of(site, [p])[0][-1] for p, _ in chosen]).double()
+    filled = [tuple(p) + (0,) * (longest - len(p)) for p, _ in chosen]
+    rows = features_of(site, filled, batch=len(filled))
+    together = torch.stack([rows[i][len(p) - 1] for i, (p, _) in enumerate(chosen)]).double()
+    moved = torch.stack([d.row @ (b - a) / (d.response / d.theta) for (_, d), a, b in zip(chosen, alone, together)])
+    # a movement of random direction: √(2ε) long, spread over all dimensions
+    scale = site.sphere.scale.double().cpu() * math.sqrt(site.width)
+    longest_row = max(float((d.row * scale).norm() / (d.response / d.theta)) for d in detectors)
+    least = 2 * longest_row * math.sqrt(2 * rounding_noise(site) / site.width)
+    return max(least, float(moved.abs().max()))
 
 
 def chosen_theta(noise: float, arithmetic: float = 0.0) -> float:
@@ -362,7 +463,10 @@ def chosen_theta(noise: float, arithmetic: float = 0.0) -> float:
         arithmetic: largest rounding error of the pre-activation, in cosine; theta is 2.5 times above it, so that the error
             stays within the half of the cone that is a plateau.
     """
-    needed = _NOISE_MARGIN * noise + 2.5 * arithmetic
+    return _at_least(_NOISE_MARGIN * noise + 2.5 * arithmetic)
+
+
+def _at_least(needed: float) -> float:
     return next((theta for theta in THETAS if theta >= needed), THETAS[-1])
 
 
@@ -398,7 +502,7 @@ def edit_in_place(
     response: float = RESPONSE,
     corpus: Sequence[Text] | None = None,
     detector: str = "auto",
-    neuron: Literal["auto", "quietest", "least-used"] | int = "auto",
+    neuron: Literal["auto", "quietest", "least-used", "least-missed"] | int = "auto",
     protect: Sequence[Text] = (),
     optimisation: Optimisation | None = None,
     chat: bool = False,
@@ -416,12 +520,13 @@ def edit_in_place(
         theta: half-width of the cone in cosine; None chooses from the feature noise of the model's dtype.
         response: pre-activation at the trigger (Δ).
         corpus: other texts (or ids). Needed where the neurons have no bias, at least as many tokens as the model is wide.
-        detector: "auto"; "affine" or "tangent" (need a bias); "surrogate" (the authors', without a bias) or "contrast"
-            (without a bias: least squares against the corpus; less steep, so that rounding moves it little, but siblings of
-            the prompt fall into it more easily).
-        neuron: which to replace: "quietest" (smallest L1 norm of its row, as the authors), "least-used" (smallest mean effect
-            on `corpus`: in SmolLM2 a twelfth of the quietest one's), an index for a single edit, or "auto": the least used
-            where there is a corpus.
+        detector: "auto"; "affine" or "tangent" (need a bias); "surrogate" (the authors', without a bias) or "contrast" (a
+            half-space whose direction is learned from the corpus and from siblings of the prompts). "auto" tries those that
+            fit on siblings and text that none of them has seen, and takes the one that fires least.
+        neuron: which to replace: "quietest" (smallest L1 norm of its row, as the authors), "least-used" (smallest mean
+            contribution on `corpus`), "least-missed" (smallest change of the model's own predictions without it, see
+            `removal_effects`), an index for a single edit, or "auto": the least missed where there is a corpus. Each
+            replaced neuron did something, so an edit in place always changes other answers a little.
         protect: prompts on which no detector may fire.
         optimisation: of the output vectors.
         chat: prompts are a user's turns in the tokenizer's chat template.
@@ -486,8 +591,8 @@ def edit_widen(
         model, requests, tokenizer, layer, theta, protect, optimisation, chat, dtype, progress: as for `edit_in_place`.
         response: pre-activation at the trigger; 50, or 16 on a plateau.
         corpus: other texts; gives the centre of the cone ("tangent"), and the constant where there is no bias.
-        detector: "auto" ("tangent" with a corpus, "affine" without, "surrogate" where there can be no bias), or one of
-            these or "contrast".
+        detector: "auto": "tangent" with a corpus, "affine" without; where there can be no bias, and in 16-bit dtypes, the
+            one that fires least on unseen siblings of the prompts and unseen text ("contrast" or the other). Or one of these.
         plateau: answer with a pair of neurons act(f) − act(f − Δ), which is flat above the ramp, so that rounding noise of
             the features has no effect. None: in 16-bit dtypes.
         pad_to: new neurons a layer are a multiple of this.
@@ -566,6 +671,8 @@ def _edit(
         layer = chosen_layer(model, chunks, theta or THETA)
     site = Site.find(model, layer)
     site.require_neurons("an edit in place" if form == "in-place" else "widening")
+    guarded = [(p, prompt_ids(tokenizer, p, chat=chat)) for p in protect]
+    near = [own[-1] for own in features_of(site, [ids for _, ids in guarded])]
     session = _Session(
         form,
         site,
@@ -579,8 +686,8 @@ def _edit(
         pad_to,
         optimisation or Optimisation(),
         compat,
+        guarded=torch.stack(near) if near else None,
     )
-    guarded = [(p, prompt_ids(tokenizer, p, chat=chat)) for p in protect]
     edits = session.run(guarded, progress, began)
     return edits[0] if single else edits
 
@@ -624,6 +731,14 @@ def chosen_layer(model: nn.Module, chunks: Sequence[Sequence[int]], theta: float
     return best[1]
 
 
+def _fires_on(detectors: Sequence[Detector], features: Annotated[Tensor, "n d"]) -> int:
+    """On how many of the features any detector fires."""
+    any_fires = torch.zeros(len(features), dtype=torch.bool)
+    for detector in detectors:
+        any_fires |= detector(features) > 0
+    return int(any_fires.sum())
+
+
 class _Session:
     """The making of several edits of one layer."""
 
@@ -642,45 +757,98 @@ class _Session:
         optimisation: Optimisation,
         compat: str | None,
         centroid: Tensor | None = None,
+        guarded: Tensor | None = None,
     ):
         self.given_centroid = centroid
-        self.guarded = torch.zeros(0, site.width)
+        self.guarded = guarded if guarded is not None else torch.zeros(0, site.width)
+        self.negatives: Negatives | None = None
+        self.effects: Tensor | None = None
+        self.lost: float | None = None
+        self._known_moments: Moments | None = None
         self.form, self.site, self.plans, self.compat = form, site, list(plans), compat
         self.model = site.model
         if neuron == "auto":
-            neuron = "least-used" if chunks and compat is None else "quietest"
+            neuron = "least-missed" if chunks and compat is None else "quietest"
         self.optimisation, self.neuron, self.pad_to = optimisation, neuron, pad_to
+        self.chunks = list(chunks or ())
         self.background = Background.of(site, chunks) if chunks else None
-        self.kind = self._kind(detector)
-        half = site.dtype in (torch.float16, torch.bfloat16)
-        biased = self.kind in ("affine", "tangent")
-        self.plateau = (half and biased) if plateau is None else plateau
-        if self.plateau and not biased:
-            raise EditError(f"plateau: needs a detector with a bias, but layer {site.layer} gets {self.kind!r}.")
+        self.wanted_plateau, self.wanted_theta, self.wanted_response = plateau, theta, response
+        self.why: list[str] = []
+        self.near: list[list[tuple[int, ...]]] = []
+        self.close: list[Tensor] = []
+        self.prompts = [s.prompt for plan in plans for s in plan.sequences]
+        self.features = torch.zeros(0, site.width)
         self.centroid = centroid
-        if self.kind == "tangent" and self.background is not None and centroid is None:
+        if self.background is not None and centroid is None:
             self.centroid = self.background.centroid(site.sphere)
-        prompts = [s.prompt for plan in plans for s in plan.sequences]
-        self.noise = feature_noise(site, prompts, self.centroid) if half or theta is None else 0.0
-        arithmetic = 0.0
-        if biased and theta is None:
-            triggers = [features_of(site, [prompt])[0][-1] for prompt in prompts]
-            arithmetic = arithmetic_noise(triggers, site.sphere, site.dtype, self.centroid)
-        self.theta = chosen_theta(self.noise, arithmetic) if theta is None else theta
-        self.response = response if response is not None else PLATEAU if self.plateau else RESPONSE
+        self._choose_detector(detector)
         self.steady = self._steady()
         self.widening, self.spare = self._widening()
 
-    def _kind(self, detector: str) -> str:
+    # -- which detector ------------------------------------------------------------------------------------------------
+
+    def _choose_detector(self, detector: str) -> None:
+        """Sets kind, theta, plateau and response; where several kinds fit, by trial on siblings that none has seen."""
+        kinds = self._kinds(detector)
+        if "contrast" in kinds:
+            self._find_siblings()
+        problems: list[EditError] = []
+        tried: list[tuple[int, int, str, tuple[Any, ...]]] = []
+        for kind in kinds:
+            try:
+                setting = self._setting(kind)
+                held, fired, text = self._held_out(), 0, 0
+                if len(kinds) > 1 and len(held):
+                    assert self.background is not None
+                    self._use(kind, setting)
+                    detectors = [self._detector(i, f)[0][0] for i, f in enumerate(self.features)]
+                    fired = _fires_on(detectors, held)
+                    text = _fires_on(detectors, self.background.features[self._unread])
+                tried.append((fired, text, kind, setting))
+            except EditError as error:
+                if len(kinds) == 1:
+                    raise
+                problems.append(error)
+                self.why.append(f"{kind}: not possible here. {error}")
+        if not tried:
+            raise problems[0]
+        self.held = len(self._held_out())
+        unread = 0 if self.background is None else int(self._unread.sum())
+        self.fired, _, kind, setting = min(
+            tried, key=lambda one: one[0] / max(1, self.held) + _REPLY * one[1] / max(1, unread)
+        )
+        self._use(kind, setting)
+        if len(tried) > 1 and self.held:
+            counts = "; ".join(
+                f"{name!r} at theta {of[0]:g} fires on {fired} of {self.held} prompts of the same shape (made by replacing "
+                f"words) and on {text} of {unread} tokens of text"
+                for fired, text, name, of in tried
+            )
+            self.why.append(f"Detector {kind!r}: on what none has seen, {counts}.")
+        elif len(tried) == 1 and kind == "tangent":
+            self.why.append("Detector 'tangent': one plain neuron inside the centred cone; the theorem's bound holds.")
+        if self.wanted_theta is None:
+            self.why.append(setting[3])
+        if self.plateau and self.wanted_plateau is None:
+            self.why.append(
+                f"Plateau: in {dtype_name(self.site.dtype)} the answer is a pair of neurons act(f) − act(f − {self.response:g}), "
+                "flat at the trigger, so that rounding and padding do not reach it."
+            )
+
+    def _use(self, kind: str, setting: tuple[Any, ...]) -> None:
+        self.kind = kind
+        self.theta, self.noise, self.plateau, *_ = setting
+        self.response = self.wanted_response or (PLATEAU if self.plateau else RESPONSE)
+
+    def _kinds(self, detector: str) -> tuple[str, ...]:
+        """The kinds that are to be tried, the simplest first."""
         site, has_corpus = self.site, self.background is not None or self.given_centroid is not None
-        biased = site.kind == "affine" or (self.form == "widen" and site.kind == "optional-bias")
+        biased, half = self._biased, site.dtype in (torch.float16, torch.bfloat16)
         known = ("auto", "affine", "tangent", "surrogate", "contrast")
         if detector not in known:
             raise EditError(f"detector: {detector!r} is not known." + did_you_mean(detector, known))
         if self.compat == "authors":
             detector = "affine" if biased else "surrogate"
-        elif detector == "auto":
-            detector = ("tangent" if has_corpus else "affine") if biased else "surrogate"
         if detector in ("affine", "tangent") and not biased:
             raise EditError(
                 f"detector {detector!r} needs a bias, but: {site.reason} "
@@ -690,49 +858,157 @@ class _Session:
                     else "Take 'surrogate' or a jet-pack."
                 )
             )
-        if detector != "affine" and not has_corpus:
-            raise EditError(f"detector {detector!r} needs a corpus of other texts; give `corpus`.")
-        return detector
+        kinds: tuple[str, ...] = (detector,)
+        if detector == "auto":
+            simple = ("tangent" if has_corpus else "affine") if biased else "surrogate"
+            # in float32 the cone with its theorem is small enough; 16 bits need a theta at which it is not
+            learned = self.background is not None and (half or not biased)
+            kinds = (simple, "contrast") if learned else (simple,)
+        if kinds[0] != "affine" and not has_corpus:
+            raise EditError(f"detector {kinds[0]!r} needs a corpus of other texts; give `corpus`.")
+        return kinds
+
+    @property
+    def _biased(self) -> bool:
+        return self.site.kind == "affine" or (self.form == "widen" and self.site.kind == "optional-bias")
+
+    def _has_bias(self, kind: str) -> bool:
+        """Whether a detector of this kind is stored with a bias here."""
+        return kind in ("affine", "tangent") or (kind == "contrast" and self._biased)
+
+    def _find_siblings(self) -> None:
+        site, prompts = self.site, self.prompts
+        text = [token for chunk in self.chunks for token in chunk]
+        # a few thousand in all say enough about the shapes
+        count = max(8, min(SIBLINGS, 8192 // max(1, len(prompts))))
+        self.near = siblings(self.model, prompts, text, count=count)
+        flat = iter(features_of(site, [s for own in self.near for s in own], batch=64))
+        last = [torch.stack([next(flat)[-1] for _ in own]) if own else torch.zeros(0, site.width) for own in self.near]
+        check_finite(torch.cat(last), "features of siblings")
+        self.close = last
+
+    def _held_out(self) -> Tensor:
+        """The features of every fourth sibling: they test the detectors and never make them."""
+        return torch.cat([own[3::4] for own in self.close]) if self.close else torch.zeros(0, self.site.width)
+
+    @property
+    def _unread(self) -> Annotated[Tensor, "n"]:
+        """Every fourth piece of 32 tokens of the corpus: a contrast detector is tried on it and not made from it."""
+        assert self.background is not None
+        return torch.arange(len(self.background.features)) // 32 % 4 == 3
+
+    def _learned_from(self, index: int) -> Tensor:
+        keep = [i for i in range(len(self.close[index])) if i % 4 != 3]
+        return self.close[index][keep]
+
+    def _setting(self, kind: str) -> tuple[float, float, bool, str]:
+        """Theta, noise, plateau of a kind, and the reason for the theta."""
+        site, half = self.site, self.site.dtype in (torch.float16, torch.bfloat16)
+        biased = self._has_bias(kind)
+        plateau = (half and biased) if self.wanted_plateau is None else self.wanted_plateau
+        if plateau and not biased:
+            raise EditError(f"plateau: needs a detector with a bias, but layer {site.layer} gets {kind!r}.")
+        name = dtype_name(site.dtype)
+        if not len(self.features) and (self.wanted_theta is None or kind in ("contrast", "surrogate")):
+            self.features = torch.stack([features_of(site, [prompt])[0][-1] for prompt in self.prompts])
+            check_finite(self.features, f"prompts at layer {site.layer}")
+        if kind == "contrast":
+            self._prepare_contrast()
+            self._use(kind, (0.1, 0.0, False, ""))
+            made = [self._raw_detector(i, f) for i, f in enumerate(self.features)]
+            noise = response_noise(site, self.prompts, made)
+            rounding = torch.finfo(site.dtype).eps / 2 if biased else 0.0
+            needed = _MOVES_MARGIN * noise + 2.5 * rounding
+            theta = self.wanted_theta or _at_least(needed)
+            why = (
+                f"Theta {theta:g}: in {name} a response moves by up to {noise:.1g} of its value between kernels, alone or in a "
+                f"padded batch, and by {rounding:.1g} when the layer rounds before it adds the bias; theta is the smallest usual "
+                f"one of at least {needed:.2g}."
+            )
+            return theta, noise, plateau, why
+        centroid = self.centroid if kind == "tangent" else None
+        noise = feature_noise(site, self.prompts, centroid) if half or self.wanted_theta is None else 0.0
+        arithmetic = 0.0
+        if biased and self.wanted_theta is None:
+            arithmetic = arithmetic_noise(list(self.features), site.sphere, site.dtype, centroid)
+        theta = chosen_theta(noise, arithmetic) if self.wanted_theta is None else self.wanted_theta
+        why = (
+            f"Theta {theta:g}: in {name} features move by {noise:.1g} (1 − cosine) between kernels, alone or in a padded "
+            f"batch"
+            + (f", and rounding of the sum is worth {arithmetic:.1g}" if biased else "")
+            + "; theta is the smallest "
+            f"usual one that is {_NOISE_MARGIN:g} times above the first{' and 2.5 times above the second' if biased else ''}."
+        )
+        return theta, noise, plateau, why
+
+    def _prepare_contrast(self) -> None:
+        if self.negatives is None:
+            assert self.background is not None
+            near = torch.cat([*(self._learned_from(i) for i in range(len(self.close))), self.features, self.guarded])
+            features = self.background.features
+            kept = features[~self._unread]
+            if len(kept) < 2 * self.site.width:
+                kept = features
+            self.negatives = Negatives(kept, near, self.site.sphere, noise=feature_noise(self.site, self.prompts))
 
     def _steady(self) -> Annotated[Tensor, "d"] | None:
         """For gated neurons without a bias: the row that stands for the constant 1 in the second half."""
-        if self.site.up is None or self.kind in ("affine", "tangent") or self.compat == "authors":
+        if self.site.up is None or self._has_bias(self.kind) or self.compat == "authors":
             return None
         assert self.background is not None
         return steady_functional(self.background.features, self.site.sphere)
 
     # -- detectors -----------------------------------------------------------------------------------------------------
 
-    def _detector(
-        self, feature: Tensor, others: Tensor | None, moments: Moments | None
-    ) -> tuple[tuple[Detector, ...], tuple[float, ...]]:
-        site, dtype = self.site, self.site.dtype
+    def _raw_detector(self, index: int | None, feature: Tensor, moments: Moments | None = None) -> Detector:
+        """In float64. `index` is that of the prompt whose last token this is, None for a token of a target."""
+        site = self.site
         response = 2 * self.response if self.plateau else self.response
         if self.kind == "affine":
-            made = affine_detector(feature, site.sphere, theta=self.theta, response=response)
-        elif self.kind == "tangent":
+            return affine_detector(feature, site.sphere, theta=self.theta, response=response)
+        if self.kind == "tangent":
             assert self.centroid is not None
-            made = tangent_detector(feature, site.sphere, self.centroid, theta=self.theta, response=response)
-        elif self.kind == "surrogate":
-            assert others is not None
+            return tangent_detector(feature, site.sphere, self.centroid, theta=self.theta, response=response)
+        assert self.background is not None
+        others = self.background.features
+        if self.kind == "surrogate":
             constant = None if moments is None else moments.constant(feature)
-            made = surrogate_detector(
+            return surrogate_detector(
                 feature, others, site.sphere, theta=self.theta, response=response, constant=constant
             )
-        else:
-            assert others is not None
-            made = contrast_detector(
-                feature, others, site.sphere, theta=self.theta, response=response, noise=max(self.noise, 1e-7)
-            )
+        own = feature.new_zeros(0, len(feature)) if index is None else self._learned_from(index)
+        return contrast_detector(
+            feature,
+            others,
+            site.sphere,
+            theta=self.theta,
+            response=response,
+            siblings=own,
+            biased=self._biased,
+            negatives=self.negatives,
+        )
+
+    def _detector(
+        self, index: int | None, feature: Tensor, moments: Moments | None = None
+    ) -> tuple[tuple[Detector, ...], tuple[float, ...]]:
+        if self.kind == "surrogate" and moments is None and self.compat != "authors":
+            moments = self._moments()
+        made = self._raw_detector(index, feature, moments)
         if self.compat == "authors":
             return (made,), (1.0,)
-        made = calibrated(made, feature, dtype)
+        made = calibrated(made, feature, self.site.dtype)
         if not self.plateau:
             return (made,), (1.0,)
-        return (made, calibrated_shift(made, self.response, dtype)), (1.0, -1.0)
+        return (made, calibrated_shift(made, self.response, self.site.dtype)), (1.0, -1.0)
 
-    def _others(self) -> Tensor | None:
-        return None if self.background is None else self.background.features
+    def _moments(self, more: Sequence[Tensor] = ()) -> Moments:
+        """Of text, siblings, the prompts and the protected ones: what a surrogate bias is most easily mistaken about."""
+        assert self.background is not None
+        if self._known_moments is None or more:
+            near = [self._learned_from(i) for i in range(len(self.close))]
+            points = [self.background.features, self.guarded, self.features, *near, *(f[None] for f in more)]
+            self._known_moments = Moments(torch.cat(points), self.site.sphere)
+        return self._known_moments
 
     # -- widening ------------------------------------------------------------------------------------------------------
 
@@ -749,7 +1025,7 @@ class _Session:
         if len(spare) >= needed:
             return None, spare
         after = self.site.neurons + math.ceil(needed / self.pad_to) * self.pad_to
-        bias = self.site.kind == "optional-bias" and self.kind in ("affine", "tangent")
+        bias = self.site.kind == "optional-bias" and self.kind != "surrogate"
         widening = widening_of(self.site, after, bias)
         return widening, list(range(self.site.neurons, after))
 
@@ -768,13 +1044,32 @@ class _Session:
             free = quietest_neurons(site.inside.weights(), count)
         elif self.neuron == "least-used":
             free = self._least_used(count)
+        elif self.neuron == "least-missed":
+            free = self._least_missed(count)
         else:
-            raise EditError(
-                f"neuron: {self.neuron!r} is not known." + did_you_mean(self.neuron, ("auto", "quietest", "least-used"))
-            )
+            known = ("auto", "quietest", "least-used", "least-missed")
+            raise EditError(f"neuron: {self.neuron!r} is not known." + did_you_mean(self.neuron, known))
+        if len(free) < count:
+            raise EditError(f"{count} neurons are wanted, but the layer has only {len(free)}.")
         taken = iter(free)
         for trigger in triggers:
             trigger.neurons = tuple(next(taken) for _ in trigger.detectors)
+
+    def _least_missed(self, count: int) -> list[int]:
+        if not self.chunks:
+            raise EditError("neuron 'least-missed' needs a corpus of other texts; give `corpus`.")
+        if self.effects is None:
+            # of text alone, so that edits made one after the other agree on the order
+            text, tokens = [], 0
+            step = max(1, len(self.chunks) * len(self.chunks[0]) // _MISSED_TOKENS)
+            for chunk in self.chunks[::step]:
+                if tokens < _MISSED_TOKENS:
+                    text.append(chunk)
+                    tokens += len(chunk)
+            self.effects = optimise.removal_effects(self.site, text)
+        order = torch.argsort(self.effects, stable=True)
+        self.lost = float(self.effects[order[:count]].sum())
+        return [int(i) for i in order[:count]]
 
     def _least_used(self, count: int) -> list[int]:
         site = self.site
@@ -842,8 +1137,6 @@ class _Session:
         progress: Callable[[int, int], None] | None,
         began: float,
     ) -> list[Edit]:
-        if guarded:
-            self.guarded = torch.stack([own[-1] for own in features_of(self.site, [ids for _, ids in guarded])])
         before = optimise.losses(self.model, [s for plan in self.plans for s in plan.sequences])
         base = content_hash(in_memory(self.model))
         states = iter(before)
@@ -887,6 +1180,10 @@ class _Session:
         self.form = "fold"
         return self._values(indices, result, content_hash(in_memory(self.model)), began)
 
+    @property
+    def _all_keys(self) -> list[tuple[int, int]]:
+        return [(i, n) for i, plan in enumerate(self.plans) for n in range(len(plan.sequences))]
+
     def _triggers(self, indices: Sequence[int], lengths: Mapping[tuple[int, int], int]) -> list[_Trigger]:
         places = []
         for i in indices:
@@ -896,19 +1193,14 @@ class _Session:
                 check_finite(features, f"prompt {_short(self.plans[i].request.prompt)}")
                 start = len(sequence.prompt) - 1
                 places += [(i, number, place, features[start + place]) for place in range(lengths[(i, number)])]
-        others, moments = self._others(), None
-        if others is not None and self.compat != "authors" and self.kind in ("surrogate", "contrast"):
-            # the other prompts to be edited and the protected ones are what a detector is most easily mistaken about
-            others = torch.cat([others, self.guarded, *(feature[None] for *_, feature in places)])
-            if self.kind == "surrogate":
-                moments = Moments(others, self.site.sphere)
+        moments = None
+        if self.compat != "authors" and self.kind == "surrogate":
+            moments = self._moments([feature for _, _, place, feature in places if place])
+        order = {(i, n): k for k, (i, n) in enumerate(self._all_keys)}
         triggers = []
-        for row, (i, number, place, feature) in enumerate(places):
-            rest = others
-            if others is not None and self.kind == "contrast":
-                own = len(others) - len(places) + row
-                rest = torch.cat([others[:own], others[own + 1 :]])
-            detectors, signs = self._detector(feature, rest, moments)
+        for i, number, place, feature in places:
+            index = None if place else order[(i, number)]
+            detectors, signs = self._detector(index, feature, moments)
             triggers.append(_Trigger(i, number, place, feature, detectors, signs))
         return triggers
 
@@ -924,7 +1216,7 @@ class _Session:
         result = self._attempt(indices, lengths, guarded, progress)
         failed = [i for i in indices if not result[i][2]["success"]]
         longer = [i for i in failed if len(self.plans[i].sequences[0].target) > 1]
-        if longer and self.optimisation.chain and self.neuron in ("quietest", "least-used"):
+        if longer and self.optimisation.chain and isinstance(self.neuron, str):
             for i in longer:
                 for n, sequence in enumerate(self.plans[i].sequences):
                     lengths[(i, n)] = len(sequence.target)
@@ -937,15 +1229,20 @@ class _Session:
         for i in indices:
             triggers, columns, measured, _ = result[i]
             patches = tuple(p for t, c in zip(triggers, columns) for p in self._patches(t, c))
-            note = "" if measured["success"] else "The whole target is not the greedy answer; see `measured`."
+            notes = [] if measured["success"] else ["The whole target is not the greedy answer; see `measured`."]
+            if self.lost is not None and self.compat is None:
+                notes.append(
+                    f"In place: the neurons replaced in this layer by all edits of this call did something; without them the "
+                    f"model's predictions move by about {self.lost:.1g} nats of KL divergence a token. Widening loses nothing."
+                )
             edits.append(
                 self._edit_value(
                     self.plans[i],
                     base,
                     tuple(k for t in triggers for k in t.neurons),
                     patches,
-                    {**measured, "seconds": round(seconds, 3)},
-                    note=note,
+                    {**measured, "seconds": round(seconds, 3), "why": list(self.why)},
+                    note=" ".join(notes),
                 )
             )
         return edits
