@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,28 +22,35 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from merging.prepare import Prepared, prepare
+from merging.prepare import Prepared, prepare, resolved
 from merging.recipe import Recipe, value_at
+from merging.spectra import is_weight_matrix
+from merging.stacks import merge_stacks
 from taskvec.adapter import Adapter
 from taskvec.blocks import is_embedding
+from taskvec.checkpoint import Checkpoint, raw_bytes
 from taskvec.deltas import Tile
 from taskvec.errors import (
+    BaseMismatchError,
     MismatchError,
+    NotAModelError,
     OutputError,
     OutputExistsError,
     RecipeError,
     UsageError,
+    VerificationError,
     did_you_mean,
     shortened,
 )
 from taskvec.live_names import Layouts, Names
 from taskvec.lora import blocks, finite, matrix_shape, summed
-from taskvec.precision import compute_dtype, dtype_named, rounded
+from taskvec.precision import compute_dtype, dtype_name, dtype_named, rounded
 from taskvec.source import DeltaSource, LowRank, TensorInfo, TensorSource, in_memory
 from taskvec.sweep import Options, Progress, sweep
 from taskvec.vector import TaskVector
 from taskvec.writer import check_output, write_durably
 
+FORMAT = "taskvec.adapter"
 Other = Literal["refuse", "save", "drop"]
 Solver = Literal["auto", "exact", "randomised"]
 
@@ -451,6 +459,10 @@ class AdapterWriter:
         task_type: PEFT's, such as CAUSAL_LM; told by the base's configuration if left out.
         overwrite: replace what is at `out`.
 
+    Attributes:
+        report: what became of each tensor, complete when `finish` returns.
+        written: digests of what is written, known when `finish` asks for its files.
+
     Raises:
         OutputExistsError: `out` is taken.
     """
@@ -491,6 +503,7 @@ class AdapterWriter:
         self._norms: dict[str, tuple[float, float]] = {}  # of each delta, and of what is missed of it
         self._pieces: dict[str, tuple[Tensor, int]] = {}
         self._lock = threading.Lock()
+        self.written: dict[str, Any] = {}
 
     def _told_task_type(self) -> str | None:
         config: Mapping[str, Any] = getattr(self.base, "config", None) or {}
@@ -692,6 +705,8 @@ class AdapterWriter:
             )
         if self._pieces:
             raise OutputError(f"{self.out}: the deltas of {shortened(sorted(self._pieces))} are not whole.")
+        from blake3 import blake3
+
         saved, bias = self._save_whole()
         if not self._tensors and not self._experts:
             raise OutputError(f"{self.out}: nothing changed, so there is no adapter to write.")
@@ -727,14 +742,19 @@ class AdapterWriter:
         kept = {entry.name: entry for entry in self.report.kept}
         self.report.kept = [kept[name] for name in self._in_order(kept)]
         self.report.saved, self.report.dropped = self._in_order(self.report.saved), self._in_order(self.report.dropped)
-        self._publish(config, files(self.report))
+        told = (json.dumps(config, indent=2) + "\n").encode()
+        self.written = {
+            "config": blake3(told).hexdigest(),
+            "digests": {name: blake3(raw_bytes(tensor)).hexdigest() for name, tensor in sorted(self._tensors.items())},
+        }
+        self._publish(told, files(self.report))
         return self.report
 
     def _in_order(self, names: Iterable[str]) -> list[str]:
         found = set(names)
         return [name for name in self.base.infos if name in found]
 
-    def _publish(self, config: Mapping[str, Any], files: Mapping[str, str]) -> None:
+    def _publish(self, config: bytes, files: Mapping[str, str]) -> None:
         from safetensors.torch import save_file
 
         partial = self.out.with_name(f"{self.out.name}.partial-{os.getpid()}")
@@ -745,7 +765,7 @@ class AdapterWriter:
             save_file(dict(sorted(self._tensors.items())), partial / "adapter_model.safetensors", {"format": "pt"})
             with open(partial / "adapter_model.safetensors", "rb") as file:
                 os.fsync(file.fileno())
-            write_durably(partial / "adapter_config.json", (json.dumps(config, indent=2) + "\n").encode())
+            write_durably(partial / "adapter_config.json", config)
             for name, content in files.items():
                 write_durably(partial / name, content.encode())
             if os.path.lexists(self.out):
@@ -805,10 +825,42 @@ def write_adapter(
         MismatchError: tensors changed that LoRA cannot hold and `other` is "refuse"; all of them are named.
         OutputExistsError: `out` is taken.
     """
-    options = {"dtype": dtype, "solver": solver, "seed": seed, "base_name": base_name, "task_type": task_type}
-    with AdapterWriter(out, base, rank=rank, other=other, overwrite=overwrite, **options) as writer:  # type: ignore[arg-type]
+    return _written(
+        deltas, base, out, only, skip, {}, overwrite=overwrite, rank=rank, other=other, dtype=dtype, solver=solver, seed=seed,
+        base_name=base_name, task_type=task_type,
+    )  # fmt: skip
+
+
+def _written(
+    deltas: DeltaSource | TaskVector,
+    base: TensorSource,
+    out: "str | os.PathLike[str]",
+    only: Sequence[str],
+    skip: Sequence[str],
+    facts: Mapping[str, Any],
+    *,
+    overwrite: bool,
+    **options: Any,
+) -> AdapterReport:
+    """Writes the adapter; with facts also its provenance."""
+    with AdapterWriter(out, base, overwrite=overwrite, **options) as writer:
         _add_all(writer, deltas, only, skip)
-        return writer.finish()
+        return writer.finish(lambda report: _provenance(facts, options, writer, report) if facts else {})
+
+
+def _provenance(
+    facts: Mapping[str, Any], options: Mapping[str, Any], writer: AdapterWriter, report: AdapterReport
+) -> dict[str, str]:
+    """taskvec.json: how the adapter was made, what was found, and the digests of what is written."""
+    told = {"format": FORMAT, "version": 1, **facts, "options": _plain(options), **report.as_dict(), **writer.written}
+    return {"taskvec.json": json.dumps(told, indent=2) + "\n"}
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as they can be written and given again."""
+    given = {key: dtype_name(value) if isinstance(value, torch.dtype) else value for key, value in options.items()}
+    rank = Rank.parse(given["rank"])
+    return given | {"rank": "exact" if rank.kind == "exact" else f"{rank.kind}={rank.value}"}
 
 
 def _add_all(
@@ -847,21 +899,23 @@ def extract_lora(
     """
     path: Path | None = getattr(tuned, "path", None)
     check_output(Path(out), [path] if path is not None else [], overwrite=overwrite)
-    return write_adapter(
-        TaskVector.between(base, tuned),
-        base,
-        out,
-        rank=rank,
-        only=only,
-        skip=skip,
-        other=other,
-        dtype=dtype,
-        solver=solver,
-        seed=seed,
-        base_name=base_name,
-        task_type=task_type,
-        overwrite=overwrite,
-    )
+    where = [getattr(source, "path", None) for source in (base, tuned)]
+    facts: dict[str, Any] = {}
+    if all(where):  # in memory, nothing could be made again
+        patterns = {"only": list(only), "skip": list(skip)}
+        inputs = [_input(name, source) for name, source in (("base", base), ("tuned", tuned))]
+        facts = {"extracted": {"base": str(where[0]), "tuned": str(where[1]), **patterns}, "inputs": inputs}
+    return _written(
+        TaskVector.between(base, tuned), base, out, only, skip, facts, overwrite=overwrite, rank=rank, other=other, dtype=dtype,
+        solver=solver, seed=seed, base_name=base_name, task_type=task_type,
+    )  # fmt: skip
+
+
+def _input(name: str, source: TensorSource) -> dict[str, Any]:
+    entry: dict[str, Any] = {"name": name, "path": source.label}
+    if isinstance(source, Adapter | Checkpoint):
+        entry["content_hash"] = source.content_hash()
+    return entry
 
 
 # -- a recipe's result as an adapter -----------------------------------------------------------------------------------
@@ -910,6 +964,68 @@ class _WeightedSum:
         return self.read(name).reshape(-1)[start:stop]
 
 
+class _Aligned:
+    """KnOTS of adapters, kept factored: it commutes with an orthonormal basis of the columns, which the factors give.
+
+    With Δ_t = L_t R_t and [L_1 … L_T] = Q U (a thin QR), Δ_t = Q (U_t R_t); the method runs on the few rows of U_t R_t.
+    """
+
+    def __init__(self, prepared: Prepared):
+        self.prepared = prepared
+        self.label = f"knots of {' and '.join(task.name for task in prepared.tasks)}"
+        self.aliases: Mapping[str, str] = {}
+        self.infos: Mapping[str, TensorInfo] = {
+            name: prepared.deltas.infos[name]
+            for name in prepared.merged
+            if any(name in task.source.infos for task in prepared.tasks)
+        }
+
+    def _merged(self, name: str, stack: Sequence[Tensor]) -> Tensor:
+        prepared = self.prepared
+        given = {key: resolved(value, name, prepared.depth) for key, value in prepared.parameters.items()}
+        weights = prepared.weights(name, 0, 1).tolist()
+        found = merge_stacks(
+            "knots", {name: stack}, weights=weights, tasks=[task.name for task in prepared.tasks], **given
+        )
+        merged: Tensor = found[name]
+        return merged * float(value_at(prepared.recipe.scale, name, prepared.depth))
+
+    def low_rank(self, name: str) -> LowRank | None:
+        sources = [task.source if name in task.source.infos else None for task in self.prepared.tasks]
+        products = [None if source is None else source.low_rank(name) for source in sources]  # type: ignore[attr-defined]
+        if any(product is None and source is not None for source, product in zip(sources, products)):
+            return None
+        ranks = [0 if product is None else product.rank for product in products]
+        shape = self.infos[name].shape
+        averaged = tuple(resolved(self.prepared.parameters.get("averaged", ()), name, self.prepared.depth))
+        rows, columns = matrix_shape(shape)
+        if sum(ranks) < 2 or sum(ranks) >= rows or len(shape) != 2 or not is_weight_matrix(name, shape, averaged):
+            return None
+        basis, upper = torch.linalg.qr(torch.cat([p.left for p in products if p is not None], 1))
+        parts = iter(upper.split([rank for rank in ranks if rank], 1))
+        stack = [
+            torch.zeros(len(upper), columns, dtype=basis.dtype) if p is None else next(parts) @ p.right
+            for p in products
+        ]
+        return LowRank(basis, self._merged(name, stack), shape)
+
+    def read(self, name: str) -> Tensor:
+        info = self.infos[name]
+        tile = self.prepared.deltas.tile(name, 0, info.numel)
+        return self._merged(name, list(tile.stack.reshape(-1, *info.shape)))
+
+    def read_flat(self, name: str, start: int, stop: int) -> Tensor:
+        return self.read(name).reshape(-1)[start:stop]
+
+
+def _aligned_in_adapters(prepared: Prepared) -> bool:
+    """Whether the merge is KnOTS of adapters and nothing else, with one weight for each task and tensor."""
+    recipe = prepared.recipe
+    plain = not recipe.preprocess and not recipe.postprocess and prepared.masks is None and recipe.coefficients is None
+    deltas = all(task.is_delta and hasattr(task.source, "low_rank") for task in prepared.tasks)
+    return plain and deltas and prepared.method.name == "knots"
+
+
 def _linear_in_adapters(prepared: Prepared) -> bool:
     """Whether the merged delta is a weighted sum of the tasks' deltas, and these may be products."""
     recipe, kind = prepared.recipe, prepared.method
@@ -955,47 +1071,115 @@ def merge_to_adapter(
     kept = Rank.parse(rank)
     if recipe.base is None:
         raise RecipeError("base: an adapter is a change to a base; name it")
+    if recipe.tokenizer is not None or recipe.chat_template is not None or recipe.stages or not recipe.is_whole:
+        raise RecipeError(
+            "slices, modules, stages, tokenizer, chat_template: they make another model of the base, and an adapter leaves its "
+            "base as it is. Write a checkpoint, then `taskvec extract-lora`."
+        )
     if recipe.resize or recipe.exclude:
         raise RecipeError("resize, exclude: they change the base, and an adapter leaves its base as it is")
     prepared = prepare(recipe, out, overwrite=overwrite)
     for warning in prepared.warnings:
         notice(f"warning: {warning}")
-    with AdapterWriter(
-        out,
-        prepared.base,
-        rank=kept,
-        other=other,
-        dtype=dtype,
-        solver=solver,
-        seed=recipe.seed,
-        base_name=base_name if base_name is not None else recipe.base,
-        task_type=task_type,
-        overwrite=overwrite,
-    ) as writer:
+    options: dict[str, Any] = {
+        "rank": kept,
+        "other": other,
+        "dtype": dtype,
+        "solver": solver,
+        "seed": recipe.seed,
+        "base_name": base_name if base_name is not None else recipe.base,
+        "task_type": task_type,
+    }
+    with AdapterWriter(out, prepared.base, overwrite=overwrite, **options) as writer:
         if _linear_in_adapters(prepared):
             _add_all(writer, _WeightedSum(prepared))
+        elif _aligned_in_adapters(prepared):
+            _add_all(writer, _Aligned(prepared))
         else:
-            options = prepared.options()
+            how = prepared.options()
             sweep(
                 prepared.deltas,
                 prepared.stages(),
                 lambda tile: _take(prepared, writer, tile),
                 scope=prepared.scope,
-                options=Options(options.memory, options.workers, options.device, options.tile, progress),
+                options=Options(how.memory, how.workers, how.device, how.tile, progress),
             )
         facts = {
-            "format": "taskvec.adapter",
-            "version": 1,
             "recipe": recipe.data(),
             "method": {"name": prepared.method.name, "parameters": prepared.parameters, "statistics": prepared.scope},
             "rank": str(rank),
-            "inputs": [
-                {"name": task.name, "path": task.source.label}
-                | ({"content_hash": task.source.content_hash()} if isinstance(task.source, Adapter) else {})
-                for task in prepared.tasks
-            ],
+            "inputs": [_input(name, source) for name, source in prepared.originals.items()],
         }
-        return writer.finish(lambda report: {"taskvec.json": json.dumps(facts | report.as_dict(), indent=2) + "\n"})
+        return writer.finish(lambda report: _provenance(facts, {**options, "rank": rank}, writer, report))
+
+
+def verify_adapter(path: "str | os.PathLike[str]", *, deep: bool = False) -> dict[str, Any]:
+    """Checks an adapter that this library wrote against what was recorded for it.
+
+    Args:
+        path: the adapter's folder.
+        deep: also make it again, in a temporary place, and compare bit for bit.
+
+    Returns:
+        What was checked.
+
+    Raises:
+        NotAModelError: the folder has no provenance of ours.
+        BaseMismatchError: it cannot be made again, because inputs have changed since.
+        VerificationError: content differs; names tensors or files.
+    """
+    from blake3 import blake3
+
+    where = Path(path)
+    found = adapter_provenance(where)
+    held = Checkpoint.open_file(where / "adapter_model.safetensors")
+    digests = {name: blake3(raw_bytes(held.read(name))).hexdigest() for name in held.infos}
+    wrong = [name for name in {**found["digests"], **digests} if digests.get(name) != found["digests"].get(name)]
+    if wrong:
+        raise VerificationError(f"{where}: {shortened(sorted(wrong))} differ from what was recorded.")
+    if blake3((where / "adapter_config.json").read_bytes()).hexdigest() != found["config"]:
+        raise VerificationError(f"{where}: adapter_config.json changed since the adapter was written.")
+    if deep:
+        with tempfile.TemporaryDirectory(prefix=f".{where.name}.verify-", dir=where.parent) as place:
+            again = Path(place) / "again"
+            options = dict(found["options"])
+            if "recipe" in found:
+                options.pop("seed")  # the recipe's
+                merge_to_adapter(Recipe.from_data(found["recipe"], where="taskvec.json"), again, **options)
+            else:
+                made = found["extracted"]
+                base, tuned = (Checkpoint.open(made[key]) for key in ("base", "tuned"))
+                extract_lora(base, tuned, again, only=made["only"], skip=made["skip"], **options)
+            now = adapter_provenance(again)
+            pairs = zip(found["inputs"], now["inputs"])
+            changed = [old["name"] for old, new in pairs if old.get("content_hash") != new.get("content_hash")]
+            if changed:
+                raise BaseMismatchError(
+                    f"{where}: cannot be made again; these inputs have changed since: {shortened(changed)}"
+                )
+            if now["digests"] != digests:
+                other = [name for name in digests if now["digests"].get(name) != digests[name]]
+                raise VerificationError(
+                    f"{where}: {shortened(other)} come out otherwise when the adapter is made again."
+                )
+    return {"path": str(where), "tensors": len(digests), "files": 1, "deep": deep}
+
+
+def adapter_provenance(path: Path) -> dict[str, Any]:
+    """What taskvec.json says of an adapter that this library wrote.
+
+    Raises:
+        NotAModelError: there is none.
+    """
+    try:
+        found = json.loads((path / "taskvec.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise NotAModelError(
+            f"{path}: an adapter without provenance (taskvec.json); it was not written here."
+        ) from error
+    if not isinstance(found, dict) or found.get("format") != FORMAT or "digests" not in found:
+        raise NotAModelError(f"{path}: taskvec.json holds no digests of an adapter that taskvec wrote.")
+    return found
 
 
 def _take(prepared: Prepared, writer: AdapterWriter, tile: Tile) -> None:

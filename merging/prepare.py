@@ -235,6 +235,8 @@ def prepare(
     """
     problems, warnings = Problems(), []
     opened = opened or Opened()
+    if part is None and (recipe.tokenizer is not None or recipe.stages):
+        raise RecipeError("tokenizer, stages: only `taskvec merge` and `taskvec check` take such recipes")
     part = part or Part("")
     if not recipe.is_whole:
         raise RecipeError("slices, modules: only `taskvec merge` and `taskvec check` take such recipes")

@@ -131,11 +131,18 @@ def compare(models: tuple[str, ...], base: str, plot: str | None, no_subspaces: 
 @click.option("--deep", is_flag=True, help="Also make it again from its recipe and compare bit for bit.")
 @json_option
 def verify_command(path: str, deep: bool, as_json: bool) -> None:
-    """Check a merged model against its provenance: re-hash it, or (--deep) make it again and compare bit for bit."""
-    from merging.streamed import verify
+    """Check a merged model or adapter against its provenance: re-hash it, or (--deep) make it again and compare bit for bit."""
+    from taskvec.adapter import is_adapter
 
-    with progress_bar() as progress:
-        result = verify(path, deep=deep, progress=progress)
+    if is_adapter(path):
+        from merging.adapter_out import verify_adapter
+
+        result = verify_adapter(path, deep=deep)
+    else:
+        from merging.streamed import verify
+
+        with progress_bar() as progress:
+            result = verify(path, deep=deep, progress=progress)
     if as_json:
         print_json({"ok": True, **result})
     else:
