@@ -140,9 +140,9 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                             model, tokenizer, facts, layer, corpus, prompts, continuations, options
                         )
                         continue
-                    began = time.perf_counter()
+                    began, busy = time.perf_counter(), time.process_time()
                     edits = made(form, model, tokenizer, facts, layer, corpus, options.batch)
-                    seconds = time.perf_counter() - began
+                    seconds, busy = time.perf_counter() - began, time.process_time() - busy
                 except EditError as error:
                     yield where | {"error": str(error)}
                     continue
@@ -156,7 +156,11 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     batch=options.batch,
                     continuations=continuations,
                 )
-                yield where | row_of(edits, report, seconds / len(facts))
+                yield (
+                    where
+                    | row_of(edits, report, seconds / len(facts))
+                    | {"cpu_seconds_per_edit": round(busy / len(facts), 3)}
+                )
         if options.many:
             yield {"form": "many", "dtype": dtype, "layer": options.layers[0]} | many_edits(
                 model, tokenizer, options.layers[0], corpus, prompts, continuations, options

@@ -294,6 +294,11 @@ def plan(
 @click.option("--text", type=click.Path(exists=True), help="Held-out text. Default: the end of Python's own manual.")
 @click.option("--neighbours", type=click.Path(exists=True), help="Prompts close to the edits', one a line.")
 @click.option(
+    "--paraphrases",
+    type=click.Path(exists=True, dir_okay=False),
+    help="JSONL file, {prompt, paraphrases}: other wordings hoped to work. Default: those that the edits were given.",
+)
+@click.option(
     "--tokens", type=click.IntRange(1), default=8, show_default=True, help="Length of compared continuations."
 )
 @_CHAT
@@ -305,6 +310,7 @@ def check(
     prompts: str | None,
     text: str | None,
     neighbours: str | None,
+    paraphrases: str | None,
     tokens: int,
     chat: bool,
     device: str,
@@ -314,7 +320,11 @@ def check(
     from merging.edits import JetPack, load_edits
     from merging.edits import check as checked
     from merging.edits.jetpack import DESCRIPTION
+    from merging.edits.stealth import read_requests
 
+    wordings = None
+    if paraphrases is not None:
+        wordings = {str(one.prompt): one.paraphrases for one in read_requests(paraphrases, need_target=False)}
     held: Any = JetPack.load(edits) if (Path(edits) / DESCRIPTION).is_file() else load_edits(edits)
     dtype = held.dtype if isinstance(held, JetPack) else next((e.dtype for e in held), None)
     loaded, tokenizer = _load(base, dtype, device)
@@ -325,6 +335,7 @@ def check(
         prompts=_lines(prompts) if prompts else (),
         text=_corpus(text) if text else _corpus(None)[-12:],
         neighbours=_lines(neighbours) if neighbours else (),
+        paraphrases=wordings,
         tokens=tokens,
         chat=chat,
     )

@@ -181,7 +181,8 @@ def check(
         prompts: other prompts, whose answers must not change. Independent ones make the bounds meaningful.
         text: held-out text (or ids) for the NLL ratio and the KL divergence.
         neighbours: prompts close to the edits', counted apart.
-        paraphrases: prompt of an edit → other wordings, for which the target is hoped for.
+        paraphrases: prompt of an edit → other wordings, for which the target is hoped for. None: those that the edits were
+            given (their own triggers must fire too), where there is a tokenizer.
         tokens: length of the greedy continuation that is compared.
         chat: prompts are a user's turns.
         batch: sequences at a time.
@@ -203,7 +204,9 @@ def check(
         turn(True)
         answers = [_continued(model, [s.prompt], len(s.target), batch)[0] == s.target for _, _, s in own]
         scores = optimise.losses(model, [s for _, _, s in own], batch=batch)
-        said = _paraphrased(model, tokenizer, own, paraphrases or {}, chat, batch)
+        if paraphrases is None:
+            paraphrases = _given_paraphrases(edits) if tokenizer is not None else {}
+        said = _paraphrased(model, tokenizer, own, paraphrases, chat, batch)
         turn(False)
         continued = list(continuations or _continued(model, [*ids, *near], tokens, batch))
         watch = _Watch(edits, site)
@@ -310,6 +313,11 @@ def _own(edits: "Sequence[Edit] | JetPack") -> list[tuple[str, str, Sequence_]]:
     if isinstance(edits, Sequence):
         return [(e.prompt, e.target, Sequence_(tuple(e.prompt_ids), tuple(e.target_ids))) for e in edits]
     return [(e.prompt, e.target, Sequence_(e.prompt_ids, e.target_ids)) for e in edits.entries]
+
+
+def _given_paraphrases(edits: "Sequence[Edit] | JetPack") -> dict[str, Sequence[Text]]:
+    entries = edits if isinstance(edits, Sequence) else edits.entries
+    return {entry.prompt: entry.paraphrases for entry in entries if entry.paraphrases}
 
 
 def _continued(model: nn.Module, prompts: Sequence[Sequence[int]], tokens: int, batch: int) -> list[tuple[int, ...]]:

@@ -261,6 +261,24 @@ def test_continuations_found_before_give_the_same_report(llama, corpus, prompts)
     assert one | {"seconds": 0} == two | {"seconds": 0}
 
 
+def test_wordings_that_an_edit_was_given_are_checked_with_it(llama, corpus):
+    class Numbers:
+        """A tokenizer of numbers."""
+
+        eos_token_id, eos_token = 2, "2"
+
+        def __call__(self, text, add_special_tokens=True):
+            return {"input_ids": [int(word) for word in text.split()]}
+
+    request = Request("11 12 13 14", "7", paraphrases=("30 31 32", "33 34 35 36"))
+    edits = edit_widen(llama, [request], Numbers(), layer=1, corpus=corpus, optimisation=FEW)
+    report = check(llama, edits, Numbers())
+    assert (report.paraphrases, report.paraphrase_success) == (2, 1.0)
+    pack = JetPack.fit(llama, [request], Numbers(), layer=1, corpus=corpus, optimisation=FEW)
+    report = check(llama, pack, Numbers())
+    assert (report.paraphrases, report.paraphrase_success) == (2, 1.0)
+
+
 def test_the_logit_change_outside_leaves_out_what_follows_a_firing(llama, corpus):
     edits = edit_widen(llama, REQUESTS[:1], layer=1, corpus=corpus, optimisation=FEW)
     # the prompt itself is among the others: its detector fires at the last token
@@ -299,5 +317,9 @@ def test_the_auto_command_writes_what_it_chose_and_says_why(dtype, tiny, tmp_pat
     assert "Form '" in result.stderr
     row = json.loads(result.stdout.strip().splitlines()[-1])["edits"][0]
     assert row["measured"]["success"]
-    checked = CliRunner().invoke(edit, ["check", str(folder), str(tmp_path / "out"), "--json"], catch_exceptions=False)
-    assert json.loads(checked.stdout.strip().splitlines()[-1])["success"] == 1
+    (tmp_path / "other.jsonl").write_text('{"prompt": "w11 w12 w13", "paraphrases": ["w30 w31", "w11 w12 w13"]}\n')
+    arguments = ["check", folder, tmp_path / "out", "--paraphrases", tmp_path / "other.jsonl", "--json"]
+    checked = CliRunner().invoke(edit, [*map(str, arguments)], catch_exceptions=False)
+    report = json.loads(checked.stdout.strip().splitlines()[-1])
+    assert report["success"] == 1
+    assert (report["paraphrases"], report["paraphrase_success"]) == (2, 0.5)
