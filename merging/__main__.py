@@ -1,6 +1,6 @@
 """`python -m merging`: the command line without the console script."""
 
-from merging.commands import main
+from merging.commands import run
 
 if __name__ == "__main__":
-    main()
+    run()
