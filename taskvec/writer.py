@@ -341,7 +341,7 @@ class CheckpointWriter:
 
     def _flush(self) -> None:
         """Pushes written pages to the disk while others are computed, so that the last fsync finds little to do."""
-        while not self._stop.wait(0.25):
+        while not self._stop.wait(0.05):
             for shard in self._shards:
                 if shard.fd >= 0:
                     with suppress(OSError):

@@ -39,10 +39,11 @@ METHODS = {
     ),
     "della": (["-m", "ties", "-p", "density=1.0", "--preprocess", "della:density=0.5,epsilon=0.1", "--statistics", "tensor"],
               "della", {"weight": 1.0, "density": 0.5, "epsilon": 0.1}, True, 4),
-    "sce": (["-m", "sce", "-p", "select_topk=0.5"], "sce", {"select_topk": 0.5}, True, 4),
+    "sce": (["-m", "sce", "-p", "density=0.5"], "sce", {"select_topk": 0.5}, True, 4),
     "model_stock": (["-m", "model_stock"], "model_stock", {}, True, 4),
     "karcher": (["-m", "karcher"], "karcher", {}, False, 4),
     "slerp": (["-m", "slerp", "-p", "t=0.4"], "slerp", {"t": 0.4}, None, 2),
+    "nuslerp": (["-m", "nuslerp"], "nuslerp", {"weight": 1.0}, False, 2),
     "ties_global": (["-m", "ties", "-p", "density=0.2"], None, {}, True, 4),
     "pcb": (["-m", "pcb", "-p", "density=0.1"], None, {}, True, 4),
 }  # fmt: skip
