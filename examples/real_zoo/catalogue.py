@@ -97,7 +97,7 @@ class Found:
         scales: the chosen scale of each seed.
         tuned: test scores with it.
         means: mean of `tuned` of each seed.
-        chosen: the value chosen for a parameter without default.
+        chosen: the value chosen for a parameter without default, and `values` those that were tried.
         refused: why there is no merge.
     """
 
@@ -109,6 +109,7 @@ class Found:
     means: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     chosen: str = ""
+    values: list[float] = field(default_factory=list)
     device: str = "cpu"
     refused: str | None = None
 
@@ -435,6 +436,12 @@ def best_scale(zoo: Zoo, tensors: Mapping[str, Any], tasks: Sequence[str], rows:
     return best, found[best]
 
 
+def _is_whole(row: Mapping[str, Any], entry: Entry, seeds: int) -> bool:
+    """Whether an earlier run finished this row."""
+    wanted = len(entry.tried[1]) if entry.tried is not None else 0
+    return len(row.get("tuned", ())) >= len(entry.seeds[:seeds]) and len(row.get("values", ())) >= wanted
+
+
 def catalogue(
     zoo: Zoo,
     chosen: Sequence[str] | None,
@@ -453,11 +460,7 @@ def catalogue(
     home.mkdir(parents=True, exist_ok=True)
     place = None if write is None else write / f"{zoo.name}.json"
     before = json.loads(place.read_text()) if place is not None and place.exists() else {"rows": {}}
-    done = {
-        entry.name
-        for entry in rows
-        if len(before["rows"].get(entry.name, {}).get("tuned", ())) >= len(entry.seeds[:seeds])
-    }
+    done = {entry.name for entry in rows if _is_whole(before["rows"].get(entry.name, {}), entry, seeds)}
     rows = [entry for entry in rows if entry.name not in done]
     result: dict[str, Any] = {
         "zoo": zoo.name,
@@ -535,6 +538,8 @@ def catalogue(
             else:
                 zoo.put(tensors, 1.0)
                 scale, worth = 1.0, zoo.worth(zoo.score(entry.tasks, "validation", validation))
+            if value is not None:
+                found["values"].append(value)
             if entry.tried is not None:
                 if worth <= best_value.get((entry.name, seed), -math.inf):
                     continue
@@ -664,7 +669,8 @@ def summary(folder: Path) -> str:
             plain = shown(fmean(_mean(scores, loss) for scores in row["plain"]), loss)
             scales = "/".join(f"{scale:g}" for scale in sorted(set(row["scales"])))
             tuned = shown(fmean(row["means"]), loss)
-            cells.append(plain if scales == "1" else f"{plain} → {tuned} ({scales})")
+            few = "" if len(row["tasks"]) == len(result["tasks"]) else f"; {len(row['tasks'])} of the models"
+            cells.append((plain if scales == "1" else f"{plain} → {tuned} ({scales})") + few)
         for costs_here in spent.values():
             one = costs_here.get(name)
             cells.append("" if one is None else f"{one['cpu']:.1f}, {one['peak'] / 2**20:.0f}")
