@@ -104,7 +104,7 @@ class _Bracket:
 
 
 def _brackets(sample: "np.ndarray[Any, Any]", ranks: Sequence[int], numel: int) -> list[_Bracket]:
-    """For each rank, sampled values about 7 standard errors below and above it."""
+    """For each rank, sampled values about 5.5 standard errors below and above it: one in 25 million is missed."""
     size = sample.shape[0]
     ordered = np.sort(sample)
     found = []
@@ -115,7 +115,7 @@ def _brackets(sample: "np.ndarray[Any, Any]", ranks: Sequence[int], numel: int) 
         # blocks lie within one tensor, so they vary more than independent draws: the subsamples show by how much
         shares = [float(np.mean(sample[group::_GROUPS] < pivot)) for group in range(_GROUPS)]
         spread = max(float(np.std(shares)) / _GROUPS**0.5 * size, (size * max(share * (1 - share), 1 / size)) ** 0.5)
-        margin = 7 * spread + 8
+        margin = 5.5 * spread + 8
         first, last = int(middle - margin), int(middle + margin) + 1
         low = float(ordered[first]) if first >= 0 else -np.inf
         high = float(ordered[last]) if last < size else np.inf
@@ -155,12 +155,16 @@ class _Count:
         """Distinct values with counts in place of values; only where that is less memory, unless `wholly`."""
         if self.inside:
             values = np.concatenate(self.inside)
-            pair = np.unique(values, return_counts=True)
-            if 3 * len(pair[0]) > len(values) and not wholly:
+            self.inside = []  # freed before anything else is made
+            values.sort()
+            new = values[1:] != values[:-1]
+            if 3 * (np.count_nonzero(new) + 1) > len(values) and not wholly:
                 self.inside, self.limit = [values], 2 * len(values)
                 if len(values) > _GIVE_UP:
                     self.inside, self.held, self.distinct, self.overflow = [], 0, None, True
                 return
+            starts = np.concatenate([[0], np.flatnonzero(new) + 1])
+            pair = values[starts], np.diff(starts, append=len(values))
             self.distinct = pair if self.distinct is None else _merged(self.distinct, pair)
         self.inside, self.held = [], 0
         if self.distinct is not None and len(self.distinct[0]) > _GIVE_UP:

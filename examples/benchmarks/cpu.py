@@ -280,8 +280,13 @@ def draw(table: dict[str, dict[str, dict[str, dict[str, float]]]], folder: Path)
         rows = table[axis]
         x = [float(key) for key in rows]
         figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-        for name in dict.fromkeys(n for row in rows.values() for n in row):
-            style = {"marker": "o", "ms": 4, "ls": "--" if name in ("floor", "mergekit linear") else "-"}
+        for place, name in enumerate(dict.fromkeys(n for row in rows.values() for n in row)):
+            style = {
+                "marker": "o",
+                "ms": 4,
+                "color": f"C{place}",
+                "ls": "--" if name in ("floor", "mergekit linear") else "-",
+            }
             there = [(a, row[name]) for a, row in zip(x, rows.values()) if name in row]
             left.plot([a for a, _ in there], [r["wall"] for _, r in there], label=name.replace("_global", ""), **style)
             if name != "floor":
