@@ -52,12 +52,14 @@ class Tokenizer:
         data: the file.
         ids: token to its number, added tokens included.
         added: content to entry, for the added tokens.
+        scores: of the pieces of a Unigram tokenizer, as far as they are needed.
     """
 
     label: str
     data: dict[str, Any]
     ids: dict[str, int] = field(default_factory=dict)
     added: dict[str, dict[str, Any]] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def parsed(cls, text: str, label: str) -> "Tokenizer":
@@ -164,6 +166,8 @@ class Vocabularies:
     changed: bool
     extra: TensorSource | None = None
     warnings: list[str] = field(default_factory=list)
+    _known: dict[str, dict[str, int]] = field(default_factory=dict)
+    _made: dict[str, list[int | tuple[Row, ...]]] = field(default_factory=dict)
 
     @classmethod
     def planned(
@@ -222,6 +226,7 @@ class Vocabularies:
             rows = max([rows, *token_tables(models[origin], rows).values()])
         found = cls(spec, models, tokenizers, made, origin, donor, base, rows, changed, extra, warnings)
         if changed:
+            _fill(made)
             _check_loads(made, problems)
         for path, source in models.items():
             if not token_tables(source, tokenizers[path].rows):
@@ -236,11 +241,15 @@ class Vocabularies:
     def _has(self, path: str, token: str) -> int | None:
         """The row of a token in a model, if it has one."""
         number = self.tokenizers[path].ids.get(token)
-        tables = self._tables(path)
-        return number if number is not None and number < min(tables.values(), default=0) else None
+        return number if number is not None and number < self._rows_there(path) else None
 
     def _tables(self, path: str) -> dict[str, int]:
-        return token_tables(self.models[path], self.tokenizers[path].rows)
+        if path not in self._known:
+            self._known[path] = token_tables(self.models[path], self.tokenizers[path].rows)
+        return self._known[path]
+
+    def _rows_there(self, path: str) -> int:
+        return min(self._tables(path).values(), default=0)
 
     def _check_covered(self, problems: Problems) -> None:
         without = [
@@ -282,11 +291,13 @@ class Vocabularies:
 
     def rows_of(self, path: str) -> "list[int | tuple[Row, ...]]":
         """For each row of the result's tables, where a model's own value for it comes from."""
+        if path in self._made:
+            return self._made[path]
         found: list[int | tuple[Row, ...]] = [()] * self.rows
+        self._made[path] = found
         if not self.changed and self.origin in self.models:  # rows beyond the vocabulary stay as they are
             same = self.tokenizers[path].ids == self.tokenizers[self.origin].ids
-            have = min(self._tables(path).values(), default=0)
-            theirs = min(self._tables(self.origin).values(), default=0)
+            have, theirs = self._rows_there(path), self._rows_there(self.origin)
             for at in range(self.rows):
                 found[at] = at if same and at < have else ((self.models[self.origin], at),) if at < theirs else ()
         for token, at in self.made.ids.items():
@@ -434,18 +445,22 @@ def _add(made: Tokenizer, token: str, entry: Mapping[str, Any] | None) -> None:
     """Gives a token the next number; with an entry it is an added token."""
     number = made.rows
     made.ids[token] = number
-    vocabulary = made.data["model"]["vocab"]
     if entry is not None:
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
         full = {"id": number, "content": token, **flags, **{k: v for k, v in entry.items() if k in flags}}
         made.data.setdefault("added_tokens", []).append(full)
         made.added[token] = full
-    # the library numbers added tokens by itself unless the model's own vocabulary has them
-    for content, known in sorted(made.ids.items(), key=lambda item: item[1]):
+
+
+def _fill(made: Tokenizer) -> None:
+    """Writes every token into the model's own vocabulary: the library numbers added tokens by itself otherwise."""
+    vocabulary = made.data["model"]["vocab"]
+    least = 0.0 if isinstance(vocabulary, dict) else min((piece[1] for piece in vocabulary), default=0.0) - 10.0
+    for token, number in sorted(made.ids.items(), key=lambda item: item[1]):
         if isinstance(vocabulary, dict):
-            vocabulary.setdefault(content, known)
-        elif known == len(vocabulary):
-            vocabulary.append([content, min((piece[1] for piece in vocabulary), default=0.0) - 10.0])
+            vocabulary.setdefault(token, number)
+        elif number == len(vocabulary):
+            vocabulary.append([token, made.scores.get(token, least)])
 
 
 def _add_all(made: Tokenizer, other: Tokenizer, first: Tokenizer, problems: Problems, warnings: list[str]) -> None:
@@ -464,11 +479,9 @@ def _add_all(made: Tokenizer, other: Tokenizer, first: Tokenizer, problems: Prob
             f"{_decoder(other)}), so a union would not give back the text. Take one of them (`source: base` or a path)."
         )
         return
-    scores = {}
     if other.kind == "Unigram":
-        scores = {str(piece): float(score) for piece, score in other.data["model"]["vocab"]}
-    if plain:
-        _add_plain(made, plain, scores)
+        made.scores |= {str(piece): float(score) for piece, score in other.data["model"]["vocab"]}
+    made.ids |= {token: number for number, token in enumerate(plain, made.rows)}
     for token in fresh:
         if token not in made.ids:
             _add(made, token, other.added[token])
@@ -484,22 +497,6 @@ def _add_all(made: Tokenizer, other: Tokenizer, first: Tokenizer, problems: Prob
             f"tokenizer: the union reads text by the rules of {first.label}, then by those of {other.label}; it splits some texts "
             "otherwise than either of them"
         )
-
-
-def _add_plain(made: Tokenizer, tokens: Sequence[str], scores: Mapping[str, float]) -> None:
-    vocabulary, number = made.data["model"]["vocab"], made.rows
-    for content, known in sorted(made.ids.items(), key=lambda item: item[1]):
-        if isinstance(vocabulary, dict):
-            vocabulary.setdefault(content, known)
-        elif known == len(vocabulary):
-            vocabulary.append([content, min((piece[1] for piece in vocabulary), default=0.0) - 10.0])
-    for token in tokens:
-        made.ids[token] = number
-        if isinstance(vocabulary, dict):
-            vocabulary[token] = number
-        else:
-            vocabulary.append([token, scores.get(token, 0.0)])
-        number += 1
 
 
 def _merge(rule: "str | Sequence[str]") -> Sequence[str]:
