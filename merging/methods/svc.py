@@ -6,7 +6,10 @@ from torch import Tensor
 from merging.method import Patterns, Positive, merge_method
 from merging.spectra import is_weight_matrix, svd
 from taskvec.deltas import Deltas, Tile
-from taskvec.plan import Kernel
+from taskvec.errors import shortened
+from taskvec.plan import Plan, Report
+
+_FLAT = 1.0001  # largest over smallest singular value
 
 
 @merge_method(
@@ -17,7 +20,7 @@ from taskvec.plan import Kernel
     copies=12,
     cost="1 SVD and T products per matrix",
 )
-def svc(deltas: Deltas, *, floor: Positive = 1.0, excluded: Patterns = ()) -> Kernel:
+def svc(deltas: Deltas, *, floor: Positive = 1.0, excluded: Patterns = ()) -> Plan:
     """Shrink those directions of the merged vector that count what the tasks share several times.
 
     Args:
@@ -26,8 +29,11 @@ def svc(deltas: Deltas, *, floor: Positive = 1.0, excluded: Patterns = ()) -> Ke
 
     For each left singular vector u_j of the merged matrix: a_j = u_jᵀ Δ, a_j^t = u_jᵀ Δ_t,
     s_j^t = ⟨a_j, a_j^t⟩ / ‖a_j^t‖², γ_j = T / Σ_t max(α, s_j^t), and σ_j becomes γ_j σ_j. Directions that are zero up
-    to rounding stay zero; a task without any part in a direction counts α there.
+    to rounding stay zero; a task without any part in a direction counts α there. Where all singular values are the same (after
+    `iso_c`) any basis is as good as another, and the result follows rounding: that is warned of.
     """
+    flat: set[str] = set()
+    yield Report(lambda: {"warnings": _told(sorted(flat))})
 
     def kernel(tile: Tile) -> Tensor:
         assert tile.merged is not None
@@ -36,6 +42,9 @@ def svc(deltas: Deltas, *, floor: Positive = 1.0, excluded: Patterns = ()) -> Ke
         found = svd(tile.merged)
         merged_part = found.values[:, None] * found.right.T
         least = found.cut
+        there = found.values[found.values > least]
+        if len(there) > 1 and float(there.max()) <= _FLAT * float(there.min()):
+            flat.add(tile.name)
         total = torch.zeros_like(found.values)
         for delta in tile.stack:
             part = found.left.T @ delta.double()
@@ -47,3 +56,12 @@ def svc(deltas: Deltas, *, floor: Positive = 1.0, excluded: Patterns = ()) -> Ke
         return found.dense(values).to(tile.merged.dtype)
 
     return kernel
+
+
+def _told(names: list[str]) -> list[str]:
+    if not names:
+        return []
+    return [
+        f"{len(names)} matrices have one singular value for all directions ({shortened(names)}), so which directions are "
+        "shrunk follows rounding; use svc on a merge whose spectrum is not flat"
+    ]

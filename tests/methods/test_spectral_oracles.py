@@ -248,6 +248,14 @@ def test_svc_is_the_papers_formula():
     close(merge_stacks("task_arithmetic", {"w": stack}, postprocess=["svc"])["w"], wanted)
 
 
+@pytest.mark.parametrize(("method", "warned"), [("iso_c", True), ("task_arithmetic", False)])
+def test_svc_warns_where_no_direction_is_larger_than_another(method, warned):
+    outcome = Outcome()
+    stack = torch.randn(3, 12, 9, generator=torch.Generator().manual_seed(2))
+    merge_stacks(method, {"w": stack}, postprocess=["svc"], outcome=outcome)
+    assert any("one singular value for all directions (w)" in warning for warning in outcome.warnings) is warned
+
+
 def test_svc_never_lengthens_with_a_floor_of_one():
     stack = stacks(tasks=4)
     before = merge_stacks("task_arithmetic", {"w": stack})["w"]
