@@ -331,6 +331,9 @@ def logits_of(model: nn.Module, ids: Tensor) -> Annotated[Tensor, "batch token v
 # -- what a neuron is worth ---------------------------------------------------------------------------------------------
 
 
+_CLIFF = 3.0  # times the median neuron's largest contribution
+
+
 def removal_effects(
     site: Site, sequences: Sequence[Sequence[int]], *, batch: int = 8, seed: int = 0
 ) -> Annotated[Tensor, "neuron"]:
@@ -338,7 +341,8 @@ def removal_effects(
 
     ½ E[(h_k <∂ log p(y), v_k>)²] with y drawn from the model itself, so the Fisher information of each neuron's
     contribution h_k v_k. It sees what a norm does not: that later layers ignore some directions. In SmolLM2's layer 17 the
-    least of 1,536 neurons has 3e-6, the median 3e-5.
+    least of 1,536 neurons has 3e-6, the median 3e-5. A gradient sees no cliff, so a neuron that is silent but for a few huge
+    answers (those that make an attention sink: without one of them in layer 11, 38 of 40 prompts changed) counts as infinite.
 
     Args:
         site: the layer.
@@ -349,7 +353,8 @@ def removal_effects(
     assert site.out is not None
     model, device = site.model, device_of(site.model)
     columns = site.out.weights().float()
-    total = torch.zeros(site.neurons, dtype=torch.float64)
+    length = columns.norm(dim=1)
+    total, peak = (torch.zeros(site.neurons, dtype=torch.float64) for _ in range(2))
     generator = torch.Generator().manual_seed(seed)
     seen: list[tuple[Tensor, Tensor]] = []
 
@@ -362,10 +367,9 @@ def removal_effects(
     for start in range(0, len(chosen), batch):
         part = chosen[start : start + batch]
         ids = padded(part, device)
-        # the first position is an attention sink in many models; no neuron is judged by it
         valid = torch.zeros(ids.shape, dtype=torch.bool, device=device)
         for row, own in enumerate(part):
-            valid[row, 1 : len(own)] = True
+            valid[row, : len(own)] = True
         handle = site.out.module.register_forward_hook(hook)
         try:
             with frozen(model), torch.enable_grad():
@@ -380,8 +384,10 @@ def removal_effects(
         values = hidden.reshape(place.numel(), -1)[place].float()
         moves = gradient.reshape(place.numel(), -1)[place].float() @ columns.T
         total += (values * moves).double().square().sum(dim=0).cpu()
+        peak = torch.maximum(peak, (values.abs().amax(dim=0) * length).double().cpu())
         count += int(place.sum())
-    return total / max(1, 2 * count)
+    effects = total / max(1, 2 * count)
+    return torch.where(peak > _CLIFF * peak.median(), torch.full_like(effects, math.inf), effects)
 
 
 # -- the authors' own procedure ----------------------------------------------------------------------------------------

@@ -1077,7 +1077,7 @@ class _Session:
             raise EditError("neuron 'least-used' needs a corpus of other texts; give `corpus`.")
         assert site.inside is not None
         assert site.out is not None
-        x = self.background.features[~self.background.first][:4096].to(site.inside.weights().device)
+        x = self.background.features[:4096].to(site.inside.weights().device)
         rows = site.inside.weights().float()
         values = x @ rows.T
         bias = site.inside.biases()
@@ -1086,7 +1086,9 @@ class _Session:
             second = x @ site.up.weights().float().T
             up_bias = site.up.biases()
             values = values * (second if up_bias is None else second + up_bias.float())
-        effect = values.abs().mean(dim=0) * site.out.weights().float().norm(dim=1)
+        length = site.out.weights().float().norm(dim=1)
+        effect, peak = values.abs().mean(dim=0) * length, values.abs().amax(dim=0) * length
+        effect[peak > optimise._CLIFF * peak.median()] = math.inf
         return [int(i) for i in torch.argsort(effect, stable=True)[:count]]
 
     # -- patches -------------------------------------------------------------------------------------------------------

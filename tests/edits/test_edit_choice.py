@@ -141,6 +141,22 @@ def test_the_least_missed_neuron_is_the_one_without_which_nothing_changes(gpt2, 
     assert report.changed == 0
 
 
+def test_a_neuron_that_speaks_seldom_but_loudly_is_not_taken_for_unused(gpt2, corpus):
+    site = Site.find(gpt2, 1)
+    mlp = gpt2.transformer.h[1].mlp
+    first = corpus[0][0]
+    with site.reading() as seen, torch.no_grad():
+        gpt2(torch.tensor([corpus[0]]))
+    feature = seen[0].reshape(-1, 32)[0]
+    made = affine_detector(feature, site.sphere, theta=0.005, response=1e4)
+    with torch.no_grad():
+        mlp.c_fc.weight[:, 23], mlp.c_fc.bias[23] = made.row.float(), float(made.bias)
+        # the layers above hear nothing of it in their gradients: a constant shift, which LayerNorm takes out
+        mlp.c_proj.weight[23] = 1.0
+    effects = removal_effects(site, [ids for ids in corpus[:8] if ids[0] == first])
+    assert float(effects[23]) == float("inf")
+
+
 def test_the_effect_of_a_removal_grows_with_the_change_of_the_predictions(llama, corpus):
     """The estimate orders neurons as the measured divergence does."""
     site = Site.find(llama, 1)
@@ -151,7 +167,7 @@ def test_the_effect_of_a_removal_grows_with_the_change_of_the_predictions(llama,
     with torch.no_grad():
         before = llama(table).logits.log_softmax(-1)
         measured = []
-        for neuron in (int(order[0]), int(order[40]), int(order[-1])):
+        for neuron in (int(order[0]), int(order[30]), int(order[60])):
             old = column[:, neuron].clone()
             column[:, neuron] = 0
             after = llama(table).logits.log_softmax(-1)
