@@ -350,6 +350,12 @@ def _inside(patterns: Sequence[str]) -> Callable[[str], bool]:
 def _method(recipe: Recipe, problems: Problems) -> MergeMethod | None:
     for role, steps in (("preprocess", recipe.preprocess), ("postprocess", recipe.postprocess)):
         for step in steps:
+            if not _name(step):
+                problems.add(
+                    f"{role}: a step is a name, or a mapping with the key `method` beside its parameters; "
+                    f"found {shortened(sorted(step))} without it (write `{{method: NAME, …}}`)"
+                )
+                continue
             try:
                 found = method(_name(step))
                 if found.role != role:

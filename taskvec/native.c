@@ -12,7 +12,7 @@
 #include <string.h>
 #include <unistd.h>
 
-#define TV_VERSION 1
+#define TV_VERSION 2 /* raised with every change of a struct or a signature; native.py holds the same number */
 
 int tv_version(void) { return TV_VERSION; }
 

@@ -70,7 +70,7 @@ def test_a_missing_recipe_file_is_named(tmp_path):
 def test_all_problems_are_reported_at_once(zoo, out):
     data = zoo.recipe(
         tasks=["/no/such/model", str(zoo.tuned[0])], method="ties", parameters={"densty": 0.1, "density": 20},
-        preprocess=["tie"], postprocess=["dare"],
+        preprocess=["tie", {"dare": {"density": 0.5}}], postprocess=["dare"],
     )  # fmt: skip
     said = refused(data, out, "the recipe|The recipe")
     for words in (
@@ -78,6 +78,7 @@ def test_all_problems_are_reported_at_once(zoo, out):
         "parameters.densty: ties has no such parameter. Did you mean 'density'?",
         "parameters.density: input should be less than or equal to 1, found 20",
         "preprocess: there is no method 'tie'. Did you mean 'ties'?",
+        "preprocess: a step is a name, or a mapping with the key `method` beside its parameters; found dare without it",
         "postprocess: dare is a preprocess method",
     ):
         assert words in said
