@@ -19,8 +19,8 @@ from taskvec.deltas import Tile
 from taskvec.native import Stored
 from taskvec.plan import Fold, Sample, Selection, SubPlan, formula, formula_of
 
-SAMPLE = 1 << 19  # at rank fraction 0.9 the bracket then holds about 0.6 % of the elements
-SAMPLE_MOST = 1 << 22
+SAMPLE = 1 << 23  # over all rows; with 4 the bracket at rank fraction 0.9 then holds about 0.2 % of the elements
+SAMPLE_MOST = 1 << 24
 SORTED_BELOW = 1 << 17  # tensors this small are selected directly
 _GROUPS = 16  # interleaved subsamples, to see how much blocks vary beyond independent draws
 _DISTINCT = 1 << 21  # values kept before they are compressed to distinct values with counts
@@ -61,7 +61,7 @@ def order_statistics(of: Callable[[Tile], Tensor], ranks: Sequence[Sequence[int]
         if known is not None:
             return known
     # a larger model gets a larger sample, so that what lies in the brackets does not grow as fast
-    size = min(max(SAMPLE, numel >> 10), SAMPLE_MOST, max(1 << 15, numel // 64))
+    size = min(max(SAMPLE // len(ranks), numel >> 10), SAMPLE_MOST // len(ranks), max(1 << 15, numel // 64))
     values, whole = yield Sample(of, numel if numel <= SORTED_BELOW else size)
     rows = values.detach().to("cpu").numpy()
     if whole:

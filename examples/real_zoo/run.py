@@ -32,7 +32,7 @@ from examples.real_zoo.data import zoo_folder
 
 CLI = Path(__file__).parents[2] / "cli.py"
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
-LANGUAGE_SCALES = (0.4, 0.7, 1.0, 1.4)
+LANGUAGE_SCALES = (0.4, 0.7, 1.0, 1.4, 2.0, 2.8)
 SEEDS = (0, 1, 2)
 
 # default parameters throughout; `average` has no scale
