@@ -123,16 +123,17 @@ def test_pull_back_equals_autograd(
     model = model_of(seed, torch.float64, tied, checkpointed)
     vectors = vectors_of(model, seed + 1, tasks, kinds, torch.float64)
     base = {name: p.detach().clone() for name, p in model.named_parameters()}
+    shapes = {n: p.shape for n, p in model.named_parameters() if p.dim() == 2}
+    changed = {
+        n for deltas in vectors.values() for n, d in deltas.items() if not isinstance(d, torch.Tensor) or d.any()
+    }
     if partitions == "explicit":
         generator = torch.Generator().manual_seed(seed)
-        shapes = {n: p.shape for n, p in model.named_parameters() if p.dim() == 2}
         partitions = {n: torch.randint(4, s, generator=generator) for n, s in shapes.items()}
-        changed = {
-            n for deltas in vectors.values() for n, d in deltas.items() if not isinstance(d, torch.Tensor) or d.any()
-        }
-        if not changed & set(partitions):
-            return
-    if granularity is by_first_letter and all(set(d) <= {"norm.weight", "norm.bias"} for d in vectors.values()):
+    matrices_only = isinstance(partitions, dict) or granularity in ("matrix", "row", "column", "qkv")
+    if matrices_only and not changed & set(shapes):
+        return  # nothing that would be composed changes, which is refused
+    if granularity is by_first_letter and not changed - {"norm.weight", "norm.bias"}:
         return
     composition = Composition(model, vectors, granularity, partitions, factored=factored)
     generator = torch.Generator().manual_seed(seed + 2)
