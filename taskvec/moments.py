@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from taskvec import native
 from taskvec.deltas import Tile
 from taskvec.plan import Fold, SubPlan, formula, formula_of
 
-CHUNK = 1 << 15
+CHUNK = native.CHUNK
 _SHIFT = 1126  # 2^-1126 divides every finite float64
 
 

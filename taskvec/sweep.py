@@ -202,7 +202,7 @@ class _Sweep:
         self._kept: dict[tuple[str, int], Tile] = {}
         tile_bytes = self.tile * 4 * (4 * len(deltas.tasks) + 4) * self.workers
         self._keep_budget = 0 if self.resident else max(0, memory - tile_bytes) // 2
-        if not there and self._cached(memory):
+        if not there and self._cached():
             self._keep_budget = 0
         if options.device != "cpu" and not self.resident:  # kept tiles lie on the GPU
             self._keep_budget = min(self._keep_budget, torch.cuda.mem_get_info(torch.device(options.device))[0] // 2)
@@ -218,7 +218,7 @@ class _Sweep:
         self.readers = self.workers
         self._fused = _resident_on_gpu(deltas) if self.resident and scope == "model" and not self.whole else None
 
-    def _cached(self, memory: int) -> bool:
+    def _cached(self) -> bool:
         """Whether the system keeps the inputs' pages anyway, and reading them again costs less than keeping deltas."""
         size = getattr(self.deltas, "bytes_per_pass", None)
         return size is not None and native.usable() and size() <= free_memory() // 2

@@ -198,17 +198,7 @@ def list_(path: str, as_json: bool) -> None:
 
     if (Path(path) / DESCRIPTION).is_file():
         pack = JetPack.load(path)
-        rows = [
-            {
-                "prompt": entry.prompt,
-                "target": entry.target,
-                "form": "jet-pack",
-                "layer": pack.layer,
-                "theta": pack.theta,
-                "measured": dict(entry.measured),
-            }
-            for entry in pack.entries
-        ]
+        rows = _entry_rows(pack)
     else:
         rows = [one.summary() for one in load_edits(path)]
     _print_edits(rows, as_json)
@@ -388,8 +378,8 @@ def _prepared(model: str, options: dict[str, Any]) -> tuple[Any, Any, dict[str, 
     return loaded, tokenizer, common
 
 
-def _pack_rows(pack: Any) -> list[dict[str, Any]]:
-    rows = [
+def _entry_rows(pack: Any) -> list[dict[str, Any]]:
+    return [
         {
             "prompt": entry.prompt,
             "target": entry.target,
@@ -400,7 +390,10 @@ def _pack_rows(pack: Any) -> list[dict[str, Any]]:
         }
         for entry in pack.entries
     ]
-    return rows + [
+
+
+def _pack_rows(pack: Any) -> list[dict[str, Any]]:
+    return _entry_rows(pack) + [
         {"prompt": entry.prompt, "target": entry.target, "note": "The model gives this answer already.", "measured": {}}
         for entry in pack.skipped
     ]
