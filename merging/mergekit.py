@@ -53,6 +53,7 @@ _NAMES = {
 }  # fmt: skip
 _NORMALIZED = {"linear": True, "ties": True, "della": True}  # `normalize` unless told otherwise; false elsewhere
 _OWN_BASE = {"linear", "karcher"}  # a base_model there is a model like the others, which also lends its configuration
+_LARGEST_MARGIN = 1e-6  # of multislerp's `eps`, which mergekit adds to norms
 _DEFAULTS = {"density": 1.0, "epsilon": 0.15, "gamma": 0.01}
 
 Scopes = Sequence[Mapping[str, Any]]
@@ -461,6 +462,12 @@ class _Reader:
             across = "column" if rows else "row"
             if flat is not True:
                 parameters["by"] = _mapped(flat, lambda on: "tensor" if on else across)
+        margin = self._value("eps", scopes, 0.0)
+        if self.name == "multislerp" and not (isinstance(margin, int | float) and 0 <= margin <= _LARGEST_MARGIN):
+            self.problems.append(
+                f"parameters.eps: {margin!r} is not supported: lengths are exact here, so up to {_LARGEST_MARGIN:g} it changes "
+                "nothing; leave it out"
+            )
         if self.name in ("slerp", "nearswap") and not {"t", "distance"} & set(parameters):
             self.problems.append("parameters.t: is missing (mergekit has no default for it)")
         return parameters, [step] if step else []

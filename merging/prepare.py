@@ -703,14 +703,17 @@ def _weights(
     }
     if recipe.coefficients is None:
         zero = [name for name, weights in fixed.items() if not bool((weights != 0).any())]
-        if zero and chosen.name != "passthrough":
+        # a gradient that starts at zero leaves those layers at the base, which is a merge like any other
+        in_part = chosen.space == "delta" and len(zero) < len(fixed)
+        if zero and not in_part and chosen.name != "passthrough":
             problems.add(f"weights: all are zero for {shortened(zero)}; nothing would be merged there")
-        if chosen.space == "weight" and parameters.get("normalize", False) is True:
-            none = [name for name, weights in fixed.items() if float(weights.double().sum()) == 0]
-            if none:
-                problems.add(
-                    f"weights: they add up to zero for {shortened(none)}, so they cannot be normalised (normalize: false)"
-                )
+        none = [name for name, weights in fixed.items() if float(weights.double().sum()) == 0]
+        if none and chosen.name in ("average", "linear", "task_arithmetic") and parameters.get("normalize") is True:
+            problems.add(
+                f"weights: they add up to zero for {shortened(none)}, so they cannot be normalised (normalize: false)"
+            )
+        if none and chosen.name in ("karcher", "multislerp", "nuslerp"):
+            problems.add(f"weights: they add up to zero for {shortened(none)}; {chosen.name} needs their proportions")
         return lambda name, start, stop: fixed[name]
     from taskvec.coefficients import Coefficients
 

@@ -96,6 +96,8 @@ class Chain:
         last = factors[0] if factors else None
         own = [float(weight) for weight in weights]
         if self.combine.name == "ties":
+            if any(weight < 0 for weight in own):
+                return None  # compiled code takes the unweighted value's sign
             if any(threshold > 0 for threshold in numbers["thresholds"]):
                 steps.append(Step("trim", low=numbers["thresholds"]))
             kind = "ties mean" if numbers["normalize"] else "ties sum"

@@ -532,7 +532,7 @@ def merge_kernel(
             x = _delta(rows, tensor, task, base, element, inside, TASKS, STORED, BASED, ALIGN)
             x = tl.where(tl.abs(x) >= tl.load(numbers + task * 8), x, 0.0)
             weight = tl.load(weights + tensor * TASKS + task)
-            agrees = tl.where(positive, x > 0, x < 0)
+            agrees = tl.where(positive == (weight >= 0), x > 0, x < 0)
             merged = tl.fma(tl.where(agrees, x, 0.0), weight, merged)
             agreed += tl.where(agrees, weight, 0.0)
         if NORMALIZE:

@@ -1,5 +1,7 @@
 """Model breadcrumbs: drop the smallest and the largest entries."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -19,25 +21,28 @@ def breadcrumbs(
     Args:
         density: fraction kept (1 - beta - gamma in the paper).
         gamma: fraction of largest entries dropped, one number or one for each task. The kept ones are the
-            int(density * d) largest below those.
+            int(density * d) largest below those; where both together exceed 1, fewer outliers are dropped (none for a
+            density of 1), as in mergekit.
         rescale: multiply what is kept so that the L1 norm stays (mergekit's `rescale`), one pass more.
 
     The paper masks layer by layer, so the default takes the statistics of each tensor. As `method: breadcrumbs` the
-    task vectors are then added. Entries tied at either end are all kept.
-    Differs from mergekit: there a density of 1 switches gamma off; here gamma still drops the outliers it names.
+    task vectors are then added. Entries tied at either end are all kept. Of tensors so small that int(density * d) is 0,
+    nothing is kept.
     Passes: 1 for the two thresholds, 1 to merge.
     """
     numel = deltas.numel
-    ranks = []
+    counts, ranks = [], []
     for share, outliers in zip(per_task(density, len(deltas.tasks)), per_task(gamma, len(deltas.tasks))):
-        kept = max(1, int(share * numel))
+        kept = int(share * numel)
         first = max(0, numel - kept - int(outliers * numel))
-        ranks.append([first, max(first, min(first + kept, numel - int(outliers * numel)) - 1)])
+        counts.append(kept)
+        ranks.append([first, first + kept - 1] if kept else [0, 0])
     found = yield from order_statistics(magnitudes, ranks, numel)
 
     factors = [1.0] * len(deltas.tasks)
 
-    low, high = [row[0].value for row in found], [row[1].value for row in found]
+    low = [row[0].value if kept else math.inf for kept, row in zip(counts, found)]
+    high = [row[1].value for row in found]
 
     @formula("band", low=low, high=high, factors=factors)
     def kernel(tile: Tile) -> Tensor:

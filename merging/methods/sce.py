@@ -16,7 +16,7 @@ def sce(deltas: Deltas, *, density: Share = 1.0) -> Plan:
 
     Args:
         density: fraction kept of the entries with nonzero variance over the tasks (τ; mergekit's `select_topk`).
-            1 keeps all.
+            1 keeps all. A single task has no variance: nothing of it is kept below 1, as in mergekit.
 
     Each task's coefficient is its share of the squares of what is kept, times its task weight. The sign elected is that
     of the plain sum. Entries tied at the cut are all kept.
@@ -32,7 +32,7 @@ def sce(deltas: Deltas, *, density: Share = 1.0) -> Plan:
         return result.div_(count)
 
     least = 0.0
-    if density < 1 and count > 1:
+    if density < 1:
         nonzero = formula("varied")(lambda tile: int(torch.count_nonzero(variance(tile))))
         varied = yield Fold(nonzero, int.__add__)
         kept = int(density * varied)
@@ -44,6 +44,8 @@ def sce(deltas: Deltas, *, density: Share = 1.0) -> Plan:
             least = found[0][0].value
         else:
             least = float("inf")
+            if count == 1:
+                yield Report({"warnings": ["one task varies nowhere, so nothing of it is selected; use density 1"]})
 
     def selected(tile: Tile) -> Tensor:
         return tile.stack if least == 0.0 else tile.stack * (variance(tile) >= least)

@@ -17,7 +17,8 @@ def ties(deltas: Deltas, *, density: Density = 0.2, normalize: bool = True) -> P
         density: fraction of each task vector kept, by magnitude (top-k% in the paper): k = max(1, int(density * d)).
         normalize: divide by the summed weights of the tasks that agree (the paper's disjoint mean).
 
-    The sign elected is that of the weighted sum of the trimmed values, + where that sum is zero.
+    The sign elected is that of the weighted sum of the trimmed values, + where that sum is zero. A task of negative weight
+    agrees where its weighted value has that sign, as in mergekit.
     Differs from the authors' code: it keeps k + 1 entries (its threshold is one rank lower); entries tied at the
     threshold are all kept in both. With `statistics: tensor` each tensor is trimmed by itself, as mergekit does.
     Passes: 1 for the thresholds, 1 to merge.
@@ -40,14 +41,19 @@ def ties(deltas: Deltas, *, density: Density = 0.2, normalize: bool = True) -> P
 
 
 def disjoint_mean(tile: Tile, *, normalize: bool) -> Tensor:
-    """Sum (or mean) over the tasks whose sign is that of the weighted sum; a zero never agrees."""
+    """Sum (or mean) over the tasks whose weighted value has the sign of the weighted sum; a zero never agrees."""
     # arithmetic on signs instead of masks: converting bools costs several times as much as a product
     sign = tile.total().sign_().add_(0.5).sign_()
     total, weights = torch.zeros_like(sign), torch.zeros_like(sign)
     for task, row in enumerate(tile.stack):
         weight = tile.weight(task)
-        agreeing = (row * sign).clamp_(min=0)
-        _add(total, agreeing, weight)
+        agreeing = row * sign
+        size = abs(weight) if isinstance(weight, float) else weight.abs()
+        if not isinstance(weight, float):
+            agreeing.mul_(weight.sign())
+        elif weight < 0:
+            agreeing.neg_()
+        _add(total, agreeing.clamp_(min=0), size)
         if normalize:
             _add(weights, agreeing.sign_(), weight)
     total.mul_(sign)
