@@ -19,7 +19,7 @@ from merging.assembly import Assembly, assemble, in_order, staged
 from merging.card import model_card
 from merging.prepare import Opened, Prepared
 from merging.recipe import Recipe
-from taskvec import __version__, native
+from taskvec import __version__, ahead, native
 from taskvec.adapter import Adapter
 from taskvec.checkpoint import SEGMENT, Checkpoint, combined_hash, content_hash
 from taskvec.deltas import Tile
@@ -106,7 +106,7 @@ def _in_stages(recipe: Recipe, out: Path, run: _Run) -> Merged:
             run.notice(f"stage {name}")
             inner = assemble(stage, opened=Opened(made))
             path = Path(place) / f"{len(made)}"
-            facts[name] = _merged(inner, path, _Run(False, False, run.progress, run.notice)).provenance
+            facts[name] = _merged(inner, path, _Run(False, False, run.progress, run.notice), cached=True).provenance
             checkpoint = Checkpoint.open(path)
             checkpoint.label = name
             made[name] = checkpoint
@@ -122,6 +122,7 @@ def _merged(
     *,
     recipe: Recipe | None = None,
     stages: Mapping[str, Any] | None = None,
+    cached: bool = False,
 ) -> Merged:
     for warning in assembly.warnings:
         run.notice(f"warning: {warning}")
@@ -143,7 +144,12 @@ def _merged(
         fingerprint=_fingerprint(assembly),
         resume=run.resume,
         notice=run.notice,
+        cached=cached,
     ) as writer:
+        known = ahead.found()
+        for _, source in assembly.sources():
+            if isinstance(source, Checkpoint):
+                source.take_digests(known)
         outcomes = [_sweep_part(part, writer, run.progress) for part in assembly.parts]
         writer.settle()
         _refuse_zero(assembly, outcomes)

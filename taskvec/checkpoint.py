@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from taskvec.ahead import SEGMENT as SEGMENT
+from taskvec.ahead import Extent, Identity, identity
 from taskvec.errors import (
     ChangedFileError,
     CorruptFileError,
@@ -32,9 +34,6 @@ from taskvec.errors import (
     shortened,
 )
 from taskvec.source import InMemory, TensorInfo, TensorSource, in_memory, shared_storage
-
-SEGMENT = 1 << 22
-"""Elements per hashed segment. Digests are made segment by segment, so they can be made in parallel and streamed."""
 
 HEADER_LIMIT = 100 << 20  # the safetensors library refuses longer headers too
 
@@ -99,7 +98,7 @@ class _File:
         except OSError as error:
             raise SourceError(f"{path}: cannot be opened ({error.strerror}).") from error
         status = os.fstat(self._fd)
-        self.size, self._mtime = status.st_size, status.st_mtime_ns
+        self.size, self.identity = status.st_size, identity(status)
         self.metadata: dict[str, str] = {}
         try:
             self.places = self._header()
@@ -211,11 +210,15 @@ class _File:
         os.posix_fadvise(self._fd, place.offset + start * size, (stop - start) * size, os.POSIX_FADV_WILLNEED)
 
     def check_unchanged(self) -> None:
-        status = os.fstat(self._fd)
-        if (status.st_size, status.st_mtime_ns) != (self.size, self._mtime):
+        if _content(identity(os.fstat(self._fd))) != _content(self.identity):
             raise ChangedFileError(
                 f"{self.path}: the file was written to while it was read. Nothing was kept; run again."
             )
+
+
+def _content(state: Identity) -> tuple[int, ...]:
+    """Without the time of status, which also a new link or owner changes."""
+    return state[:4]
 
 
 class Checkpoint:
@@ -492,12 +495,31 @@ class Checkpoint:
         with self._lock:
             self._digests[name] = digest
 
+    def take_digests(self, found: Mapping[Identity, Mapping[Extent, bytes]]) -> None:
+        """Keeps digests of segments that were made before this was opened (`taskvec.ahead`), where files are the same."""
+        for name, place in self._places.items():
+            known = found.get(place.file.identity)
+            if known is None or name in self._digests:
+                continue
+            digest, size = SegmentDigest(place.info), place.info.dtype.itemsize
+            for index in range(digest.count):
+                start, stop = index * SEGMENT, min((index + 1) * SEGMENT, place.info.numel)
+                segment = known.get((place.offset + start * size, (stop - start) * size))
+                if segment is None:
+                    break
+                if digest.add(index, segment):
+                    self.record_digest(name, digest.hexdigest())
+
     def digests(self) -> dict[str, str]:
         """Name to content digest of each tensor; those not known from an earlier pass are read now."""
         for name in self.infos:
             if name not in self._digests:
                 self.record_digest(name, tensor_digest(self, name))
         return {name: self._digests[name] for name in self.infos}
+
+    def knows_digest(self, name: str) -> bool:
+        """Whether the tensor's content need not be hashed any more."""
+        return name in self._digests
 
     def known_digests(self) -> dict[str, str]:
         """The digests that are known so far."""

@@ -14,8 +14,8 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from taskvec.checkpoint import SAFETENSORS_NAMES, SEGMENT, Checkpoint, SegmentDigest, combined_hash, raw_bytes
+from taskvec.direct import BLOCK, DirectFile, DirectWrites
 from taskvec.errors import (
     DiskFullError,
     OutputError,
@@ -85,6 +86,7 @@ class _Shard:
     size: int = 0
     left: int = 0
     fd: int = -1
+    direct: DirectFile | None = None
 
 
 def plan_shards(infos: Mapping[str, TensorInfo], shard_size: int) -> list[tuple[str, list[str]]]:
@@ -116,6 +118,7 @@ class CheckpointWriter:
         overwrite: replace an existing OUT (swapped in whole at the end).
         fingerprint: what this output is made from; a partial output with the same one can be resumed.
         resume: take over finished shards of an interrupted run, after checking their content.
+        cached: leave the output in the page cache, for one that is read again at once.
 
     Raises:
         OutputExistsError: OUT is there and `overwrite` is not set, or another run is writing it.
@@ -138,6 +141,7 @@ class CheckpointWriter:
         fingerprint: str = "",
         resume: bool = False,
         notice: Callable[[str], None] = lambda _: None,
+        cached: bool = False,
     ):
         self.out = Path(os.path.abspath(os.path.expanduser(os.fspath(out))))
         self.single = self.out.suffix == ".safetensors"
@@ -156,6 +160,7 @@ class CheckpointWriter:
         self._finished = False
         check_output(self.out, inputs, overwrite=overwrite)
         self._shards: list[_Shard] = []
+        self._direct = None if cached else DirectWrites()
         self._partial = self.out.with_name(f"{self.out.name}.partial-{fingerprint[:12] or 'new'}")
         self._lock_fd = _locked(self.out)
         try:
@@ -196,7 +201,7 @@ class CheckpointWriter:
                 offset += info.nbytes
             self._entries[shard.file] = entries
             shard.header = len(self._header(shard, self._metadata)) + self._reserve
-            shard.header += -shard.header % 8
+            shard.header += -(8 + shard.header) % BLOCK  # so that tensors begin with a block of the disk
             shard.size, shard.left = 8 + shard.header + offset, len(shard.names)
 
     def _header(self, shard: _Shard, metadata: Mapping[str, str]) -> bytes:
@@ -268,6 +273,8 @@ class CheckpointWriter:
         self._put(
             shard, 0, shard.header.to_bytes(8, "little") + self._header(shard, self._metadata).ljust(shard.header)
         )
+        if self._direct is not None:
+            shard.direct = self._direct.open(path, shard.fd, shard.size)
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
@@ -287,21 +294,45 @@ class CheckpointWriter:
         shard, offset = self._place[name]
         data = raw_bytes(values.cpu())
         size = info.dtype.itemsize
-        self._put(shard, 8 + shard.header + offset + start * size, data)
+        self._put(shard, 8 + shard.header + offset + start * size, data, once=True)
         stop = start + values.numel()
         for segment in range(start // SEGMENT, max(start, stop - 1) // SEGMENT + 1):
             first, last = max(start, segment * SEGMENT), min(stop, (segment + 1) * SEGMENT)
             self._hash(name, segment, first, last, data[(first - start) * size : (last - start) * size])
 
-    def _put(self, shard: _Shard, offset: int, data: "bytes | memoryview") -> None:
+    def _put(self, shard: _Shard, offset: int, data: "bytes | memoryview", *, once: bool = False) -> None:
+        """Writes bytes; those of tensors, which come once, go past the page cache where that is possible."""
         view, done = memoryview(data), 0
-        try:
+        with self._errors(shard):
+            if once and shard.direct is not None:
+                shard.direct.write(offset, view)
+                return
             while done < len(view):
                 done += os.pwrite(shard.fd, view[done : done + _WRITE], offset + done)
+
+    @contextmanager
+    def _errors(self, shard: _Shard) -> Iterator[None]:
+        """Says of what the system refuses what it means for the output."""
+        try:
+            yield
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise DiskFullError(f"{self.out}: the disk is full. Nothing was left under that name.") from error
             raise OutputError(f"{self.out}: writing {shard.file} failed ({error.strerror}).") from error
+
+    def _drain(self, shard: _Shard) -> None:
+        """Waits for what threads are still writing."""
+        if shard.direct is not None:
+            with self._errors(shard):
+                shard.direct.drain()
+
+    def _close(self, shard: _Shard) -> None:
+        if shard.direct is not None:
+            shard.direct.close()
+            shard.direct = None
+        if shard.fd >= 0:
+            os.close(shard.fd)
+            shard.fd = -1
 
     def _hash(self, name: str, segment: int, first: int, last: int, data: memoryview) -> None:
         from blake3 import blake3
@@ -332,6 +363,7 @@ class CheckpointWriter:
             self._record(shard)
 
     def _record(self, shard: _Shard) -> None:
+        self._drain(shard)
         os.fsync(shard.fd)
         digests = {name: self._digests[name].hexdigest() for name in shard.names}
         with self._lock, open(self._partial / _JOURNAL, "a", encoding="utf-8") as journal:
@@ -343,7 +375,7 @@ class CheckpointWriter:
         """Pushes written pages to the disk while others are computed, so that the last fsync finds little to do."""
         while not self._stop.wait(0.05):
             for shard in self._shards:
-                if shard.fd >= 0:
+                if shard.fd >= 0 and shard.direct is None:
                     with suppress(OSError):
                         os.fdatasync(shard.fd)
 
@@ -360,6 +392,8 @@ class CheckpointWriter:
 
     def settle(self) -> None:
         """Checks that every element was written, and hashes what did not come in order. Call before `digests`."""
+        for shard in self._shards:
+            self._drain(shard)
         self._rehash()
         missing = [name for name in self.infos if name not in self.done]
         if missing:
@@ -404,8 +438,7 @@ class CheckpointWriter:
                 if len(header) <= shard.header:
                     self._put(shard, 8, header.ljust(shard.header))
             os.fsync(shard.fd)
-            os.close(shard.fd)
-            shard.fd = -1
+            self._close(shard)
         (self._partial / _JOURNAL).unlink(missing_ok=True)
         if self.single:
             self._publish(self._partial / self._shards[0].file)
@@ -458,17 +491,15 @@ class CheckpointWriter:
         self._stop.set()
         self._flusher.join()
         for shard in self._shards:
-            if shard.fd >= 0:
-                os.close(shard.fd)
-                shard.fd = -1
+            self._close(shard)
         interrupted = kind is not None and not issubclass(kind, TaskvecError)
         self._discard(keep=interrupted and bool(self._fingerprint) and (self._partial / _JOURNAL).is_file())
 
     def _discard(self, *, keep: bool = False) -> None:
         for shard in self._shards:
-            if shard.fd >= 0:
-                os.close(shard.fd)
-                shard.fd = -1
+            self._close(shard)
+        if self._direct is not None:
+            self._direct.close()
         if not keep:
             shutil.rmtree(self._partial, ignore_errors=True)
         if self._lock_fd >= 0:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from merging.commands.output import json_option, print_json, print_table, progress_bar, say
+from taskvec import ahead
 
 if TYPE_CHECKING:
     from merging.assembly import Assembly
@@ -103,6 +104,16 @@ def _recipe(
     return Recipe.from_data(data, where="the flags" if not paths or method else paths[0])
 
 
+def _paths(data: Any) -> list[str]:
+    """The models that a recipe names, as far as its words tell."""
+    if isinstance(data, list):
+        return [path for item in data for path in _paths(item)]
+    if not isinstance(data, dict):
+        return []
+    own = [data[key] for key in ("base", "path") if isinstance(data.get(key), str)]
+    return own + [path for item in data.values() for path in _paths(item)]
+
+
 def recipe_options(command: Any) -> Any:
     """The flags that stand for a recipe."""
     for option in reversed(
@@ -187,7 +198,12 @@ def merge_command(
     if by_file and len(paths) > 2:
         raise click.UsageError(f"a recipe names its models itself; {paths[2]!r} is one argument too many")
     out, sources = (paths[1], paths[:1]) if by_file else (paths[0], paths[1:])
+    writes = not dry_run and out_adapter is None
+    if writes and not by_file:
+        ahead.begin(path for path in (flags["base"], *sources) if path)
     recipe = _recipe(sources, **flags)
+    if writes and by_file:
+        ahead.begin(_paths(recipe.data()))
     if dry_run:
         if as_json:
             print_json(recipe.data())
