@@ -57,6 +57,12 @@ class Sphere:
             total -= factor * cosines[i] * point
         return total
 
+    def among_directed(self, shares: Any) -> Any:
+        """The shares of the vectors that have a direction, adding up to one again where that is possible."""
+        those = np.where(self.directed, shares, 0.0)
+        total = float(those.sum())
+        return those / total if total else those
+
     def step(self, point: Any, tangent: Any) -> Any:
         """The exponential map: from a point along a great circle."""
         length = self.norm(tangent)
@@ -90,6 +96,9 @@ def shares_of(weights: Sequence[float]) -> Any:
 def arc(products: Tensor, position: "float | Tensor", collinear: float = 1e-8) -> tuple[Tensor, Tensor]:
     """Coefficients of spherical interpolation between two vectors, for many pairs at once.
 
+    A vector of zeros has no direction and counts as at a right angle to any other (as in mergekit), so what is left is
+    the other times the sine of its share of a quarter turn.
+
     Args:
         products: inner products ⟨a,a⟩, ⟨a,b⟩, ⟨b,b⟩, float64 [3, pair].
         position: on the way from a (0) to b (1).
@@ -99,7 +108,7 @@ def arc(products: Tensor, position: "float | Tensor", collinear: float = 1e-8) -
         The coefficients of a and of b, float64 [pair].
     """
     lengths = (products[0].clamp(min=0) * products[2].clamp(min=0)).sqrt()
-    cosine = (products[1] / lengths.where(lengths > 0, 1.0)).clamp(-1, 1).where(lengths > 0, 1.0)
+    cosine = (products[1] / lengths.where(lengths > 0, 1.0)).clamp(-1, 1).where(lengths > 0, 0.0)
     sine = (1 - cosine.square()).clamp(min=0).sqrt()
     straight = sine < collinear
     angle, safe = cosine.acos(), sine.where(~straight, 1.0)

@@ -41,8 +41,9 @@ def karcher(deltas: Deltas, *, steps: Count = 10, tolerance: Positive = 1e-5) ->
             if sphere.directed.any():
                 warnings.append("directions cancel each other: the plain weighted mean is taken")
             return [float(share) for share in shares]
+        directed = sphere.among_directed(shares)
         for _ in range(steps):
-            tangent = sphere.tangent(point, shares, logarithm=True)
+            tangent = sphere.tangent(point, directed, logarithm=True)
             if sphere.norm(tangent) < tolerance:
                 break
             point = sphere.step(point, tangent)

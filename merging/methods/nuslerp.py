@@ -32,7 +32,8 @@ def nuslerp(deltas: Deltas, *, by: Literal["tensor", "row", "column"] = "tensor"
             (what mergekit's `nuslerp_row_wise` does, despite its name).
 
     The position is w_2 / (w_1 + w_2). Where the two point the same or the opposite way (sine under 1e-8) the way is a
-    straight line. On differences to a base instead of weights it interpolates task vectors.
+    straight line; a vector of zeros counts as at a right angle, as in mergekit. On differences to a base instead of
+    weights it interpolates task vectors.
     Passes: 1 for the angle, 1 to merge; by row or column: 1, each tensor whole.
 
     Raises:

@@ -21,13 +21,14 @@ def slerp(deltas: Deltas, *, t: Fraction = 0.5, collinear: Fraction = 0.9995) ->
 
     Each tensor is one vector by default; with `statistics: model` the whole model is. Lengths are interpolated as the
     formula of Shoemake does it: sin((1-t)φ)/sin φ and sin(tφ)/sin φ are applied to the models as they are.
-    Task weights have no meaning here; given ones are warned of. Passes: 1 for the angle, 1 to merge.
+    A vector of zeros counts as at a right angle to any other, as in mergekit. Task weights have no meaning here; given
+    ones are warned of. Passes: 1 for the angle, 1 to merge.
     """
     weights = Unweighted()
     yield Report(weights.facts)
     products = yield from gram(2)
     lengths = math.sqrt(float(products[0, 0] * products[1, 1]))
-    cosine = float(products[0, 1]) / lengths if lengths else 1.0
+    cosine = float(products[0, 1]) / lengths if lengths else 0.0
     if abs(cosine) > collinear:
         first, second = 1 - t, t
     else:

@@ -101,3 +101,35 @@ def test_a_margin_of_multislerp_that_would_change_numbers_is_refused():
     Recipe.from_text(text % "1e-8")
     with pytest.raises(RecipeError, match=r"parameters.eps: 0.01 is not supported"):
         Recipe.from_text(text % "0.01")
+
+
+@pytest.mark.parametrize("method", ["slerp", "nuslerp"])
+@pytest.mark.parametrize("zero", [0, 1])
+def test_a_vector_of_zeros_counts_as_at_a_right_angle(method, zero):
+    stack, t = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(2)), 0.3
+    stack[zero] = 0
+    told = {"t": t} if method == "slerp" else {"weights": [1 - t, t]}
+    found = merge_stacks(method, {"w": stack}, **told)["w"]
+    share = t if zero == 0 else 1 - t
+    torch.testing.assert_close(found, math.sin(share * math.pi / 2) * stack[1 - zero])
+
+
+@pytest.mark.parametrize("by", ["row", "column"])
+def test_rows_of_zeros_count_as_at_a_right_angle_in_nuslerp(by):
+    stack = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(2))
+    (stack[0, 2] if by == "row" else stack[0, :, 2]).zero_()
+    found = merge_stacks("nuslerp", {"w": stack}, weights=[0.3, 0.9], by=by)["w"]
+    wanted = math.sin(0.75 * math.pi / 2) * stack[1]
+    picked = (slice(2, 3), slice(None)) if by == "row" else (slice(None), slice(2, 3))
+    torch.testing.assert_close(found[picked], wanted[picked])
+
+
+def test_a_vector_of_zeros_does_not_slow_karcher_down():
+    """The mean direction after any number of steps is that of the other vectors alone."""
+    stack = torch.randn(4, 30, generator=torch.Generator().manual_seed(4))
+    stack[2] = 0
+    others = stack[[0, 1, 3]]
+    for steps in (1, 2, 10):
+        alone = merge_stacks("karcher", {"w": others}, steps=steps)["w"]
+        found = merge_stacks("karcher", {"w": stack}, steps=steps)["w"]
+        torch.testing.assert_close(found, alone * 0.75)
