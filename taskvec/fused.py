@@ -8,6 +8,7 @@ Order statistics are exact: a stratified sample brackets each rank, one launch c
 and keeps the few values inside; a radix selection among those gives the statistic with its counts, verified by rank.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ LEAST = 1 << 17  # elements below which a merge is not worth fusing; there stati
 GRAM_BLOCK = 8192  # so many elements share one sum over threads
 MOST_PRODUCTS = 16  # tasks whose products with each other fit the registers
 MOST_TASKS = 32  # kernels are unrolled over tasks
+_NEAR = 0.5  # the short form of tanh holds up to 0.55
 DIGIT = 2048  # bins of one radix digit
 
 _STATISTICS = {"magnitude": kernels.MAGNITUDE, "pcb score": kernels.PCB_SCORE}
@@ -183,36 +185,41 @@ class Resident:
         """The statistics of each row's ranks; None where this formula is not known here or a bracket missed twice."""
         if of.name not in _STATISTICS:
             return None
-        kind = _STATISTICS[of.name]
+        kind, far = _STATISTICS[of.name], _reaches_far(of)
         numbers = self._pcb_numbers(of.numbers) if kind == kernels.PCB_SCORE else self._no_numbers()
+        # standard errors of independent draws, which neighbours in a run nearly are; scores are seldom equal
+        attempts = ((8.4, kind == kernels.PCB_SCORE), (8.4, False), (40.0, False))
         with self._here():
-            for margin in (8.4, 40.0):  # standard errors of independent draws; neighbours in a run are nearly so
-                found = self._selected(kind, numbers, ranks, margin)
+            for margin, lean in dict.fromkeys(attempts):
+                found = self._selected(kind, far, numbers, ranks, margin, lean)
                 if found is not None:
                     return found
         return None
 
     def _selected(
-        self, kind: int, numbers: Tensor, ranks: Sequence[Sequence[int]], margin: float
+        self, kind: int, far: bool, numbers: Tensor, ranks: Sequence[Sequence[int]], margin: float, lean: bool
     ) -> list[list[OrderStatistic]] | None:
         tasks, wanted = self.tasks, len(ranks[0])
-        sample, size = self._sample(kind, numbers)
+        sample, size = self._sample(kind, far, numbers)
+        ordered = sample.sort(1).values  # what follows is prepared while the device draws and sorts
         brackets, bracket_of, kinds, share = _bracket_plan(tuple(map(tuple, ranks)), self.numel, size, margin)
         count = len(kinds)
         code = sum(kind_ << (2 * i) for i, kind_ in enumerate(kinds))
-        asked, which, places = self._there(np.array(ranks, np.int64), np.array(bracket_of, np.int32), brackets)
-        ends = sample.sort(1).values.gather(1, places.view(tasks, -1)).contiguous()
         fields, last = 0, 0
         for i, shape in enumerate(kinds):
             fields |= last << (4 * i)
-            last += 3 if shape == INTERIOR else 1
+            last += (1 if lean else 3) if shape == INTERIOR else 0 if lean else 1
         if last > 14:
             return None
-        width = -(-last // 2)
+        asked, which, places = self._there(np.array(ranks, np.int64), np.array(bracket_of, np.int32), brackets)
+        ends = ordered.gather(1, places.view(tasks, -1))
+        total, shelves = tasks * wanted, tasks * BUCKETS * PAD
+        zeros = torch.zeros(shelves + total * DIGIT, dtype=torch.int32, device=self.device)
+        held, bins = zeros[:shelves], zeros[shelves:]
+        width = -(-tasks * last // 2)
         tilings, tiles = self._tilings(COUNT_BLOCK)
         capacity = int(min(1.6 * share * self.numel / BUCKETS + 2 * COUNT_BLOCK, self.numel))
-        words = torch.empty(tasks * width * tiles, dtype=torch.int32, device=self.device)
-        held = torch.zeros(tasks * BUCKETS * PAD, dtype=torch.int32, device=self.device)
+        words = torch.empty(width * tiles, dtype=torch.int32, device=self.device)
         lists = torch.empty(tasks * BUCKETS * capacity, dtype=torch.float32, device=self.device)
         examine = not self._examined
         squares = torch.empty(tasks, tiles if examine else 0, dtype=torch.float32, device=self.device)
@@ -221,24 +228,23 @@ class Resident:
             kernels.count_kernel[(tiling.tiles,)](
                 t["rows"], t["bases"], t["sizes"], tiling.tensor, tiling.start, ends, numbers, words, squares, held,
                 lists, capacity, tiling.first, tiles,
-                TASKS=tasks, KIND=kind, **self._types(group), BRACKETS=count, KINDS=code, FIELDS=fields, WORDS=width,
-                EXAMINE=examine, BLOCK_=COUNT_BLOCK, BUCKETS_=BUCKETS, PAD_=PAD, num_warps=COUNT_WARPS,
-                enable_fp_fusion=False,
+                TASKS=tasks, KIND=kind, FAR=far, **self._types(group), BRACKETS=count, KINDS=code, FIELDS=fields,
+                PER_TASK=last, LEAN=lean, EXAMINE=examine, BLOCK_=COUNT_BLOCK, BUCKETS_=BUCKETS, PAD_=PAD,
+                num_warps=COUNT_WARPS, enable_fp_fusion=False,
             )  # fmt: skip
-        total = tasks * wanted
         size_of = [total * 5, total * 7, tasks, ends.numel()]
         results = torch.empty(sum(size_of), dtype=torch.int64, device=self.device)
         counts, state, sums, edges = results.split(size_of)
         kernels.resolve_kernel[(total,)](
             words, tiles, held, capacity, ends, asked, which, counts, state, self.numel,
-            RANKS=wanted, BRACKETS=count, KINDS=code, FIELDS=fields, WORDS=width, BUCKETS_=BUCKETS, PAD_=PAD, STEP=4096,
-            num_warps=8,
+            RANKS=wanted, BRACKETS=count, KINDS=code, FIELDS=fields, PER_TASK=last, LEAN=lean, BUCKETS_=BUCKETS, PAD_=PAD,
+            STEP=4096, num_warps=8,
         )  # fmt: skip
-        bins = torch.zeros(total * DIGIT, dtype=torch.int32, device=self.device)
         for level in range(3):
             kernels.digit_kernel[(total, BUCKETS, -(-capacity // 4096))](
                 lists, held, capacity, state, bins,
-                RANKS=wanted, BUCKETS_=BUCKETS, PAD_=PAD, DIGIT_=DIGIT, BITS=11, STEP=4096, num_warps=8,
+                RANKS=wanted, BUCKETS_=BUCKETS, PAD_=PAD, DIGIT_=DIGIT, BITS=11, LEAN=lean, STEP=4096,
+                num_warps=8,
             )  # fmt: skip
             kernels.pick_kernel[(total,)](
                 counts, state, bins, which, RANKS=wanted, KINDS=code, FIRST=level == 0, DIGIT_=DIGIT, BITS=11
@@ -262,7 +268,7 @@ class Resident:
             found.append(row)
         return found
 
-    def _sample(self, kind: int, numbers: Tensor) -> tuple[Tensor, int]:
+    def _sample(self, kind: int, far: bool, numbers: Tensor) -> tuple[Tensor, int]:
         """A stratified sample [task, size + 2], with both infinities at the end, and its size."""
         runs = [max(1, min(SAMPLE, self.numel // 4) * group.numel // self.numel // RUN) for group in self._groups]
         size = sum(runs) * RUN
@@ -275,7 +281,7 @@ class Resident:
             kernels.sample_kernel[(-(-count * RUN // 512),)](
                 t["rows"], t["bases"], t["prefix"], len(group.entries), group.numel, count, sample, size, first, numbers,
 
-                TASKS=self.tasks, KIND=kind, **types, STEPS=len(group.entries).bit_length(), SAMPLES=512, RUN_=RUN,
+                TASKS=self.tasks, KIND=kind, FAR=far, **types, STEPS=len(group.entries).bit_length(), SAMPLES=512, RUN_=RUN,
                 enable_fp_fusion=False,
             )  # fmt: skip
             first += count * RUN
@@ -294,9 +300,13 @@ class Resident:
         return self._groups[0].tables["weights"]  # any table: it is not read
 
     def _pcb_numbers(self, numbers: Mapping[str, Any]) -> Tensor:
+        """Columns: low, high, 1 / (high - low), T log2(e), threshold, reach, 1 / reach, what float32 leaves of T log2(e)."""
         table = np.zeros((self.tasks, 8), np.float32)
+        rate = self.tasks * math.log2(math.e)
+        rest = rate - float(np.float32(rate))
         for task, (low, high) in enumerate(zip(numbers["low"], numbers["high"])):
-            table[task, :4] = low, high, high - low, _inverse(high - low)
+            table[task, :4] = low, high, _inverse(high - low), rate
+            table[task, 7] = rest
             if "cut" in numbers:
                 cut, top = numbers["cut"][task], numbers["top"][task]
                 keeps = numbers["keeps"][task]
@@ -364,7 +374,7 @@ class Resident:
                 kernels.merge_kernel[(tiling.tiles,)](
                     t["rows"], t["bases"], t["sizes"], targets, t["weights"], tiling.tensor, tiling.start,
                     numbers, float(scale), squares, tiling.first, tiles,
-                    TASKS=self.tasks, KIND=kind, **types, OUT=_TYPES[out], ONTO_BASE=onto_base,
+                    TASKS=self.tasks, KIND=kind, FAR=_reaches_far(formula), **types, OUT=_TYPES[out], ONTO_BASE=onto_base,
                     NORMALIZE=bool(formula.numbers.get("normalize", False)), EXAMINE=examine, BLOCK_=MERGE_BLOCK,
                     num_warps=MERGE_WARPS, enable_fp_fusion=False,
                 )  # fmt: skip
@@ -389,7 +399,7 @@ class Resident:
                 kernels.pack_kernel[(tiling.tiles,)](
                     t["rows"], t["bases"], t["sizes"], tiling.tensor, tiling.start, numbers, cursor, masks, places,
                     values, tiling.first,
-                    TASKS=self.tasks, **self._types(group), BLOCK_=MERGE_BLOCK, num_warps=MERGE_WARPS,
+                    TASKS=self.tasks, FAR=_reaches_far(formula), **self._types(group), BLOCK_=MERGE_BLOCK, num_warps=MERGE_WARPS,
                     enable_fp_fusion=False,
                 )  # fmt: skip
         return Packed(self, masks, places, values)
@@ -473,6 +483,12 @@ def _programs(sizes: tuple[int, ...], block: int, device: torch.device, stream: 
     tensor = np.repeat(np.arange(len(tiles), dtype=np.int32), tiles)
     start = (np.arange(total, dtype=np.int64) - np.repeat(np.cumsum(tiles) - tiles, tiles)) * block
     return torch.from_numpy(tensor).to(device), torch.from_numpy(start).to(device), total
+
+
+def _reaches_far(formula: Formula) -> bool:
+    """Whether the product of an entry with the sum of all tasks' may leave the range of the short form of tanh."""
+    largest = formula.numbers.get("largest")
+    return largest is None or not max(largest) * sum(largest) < _NEAR
 
 
 def _inverse(value: float) -> float:

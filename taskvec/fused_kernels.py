@@ -36,20 +36,38 @@ def probe_kernel(values):
 
 
 @triton.jit
-def _exp(x):
+def _exp2(x):
+    """2^x for 0 <= x < 126, to two units in the last place."""
     if INTERPRETED:
-        return tl.exp(x)
-    return libdevice.exp(x)
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
-def _tanh(x):
-    if INTERPRETED:
-        square = x * x
-        near = x * (1.0 + square * (-0.3333333433 + square * (0.1333333403 + square * -0.0539682545)))
-        far = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
-        return tl.where(tl.abs(x) < 0.125, near, tl.where(x < 0, -far, far))
-    return libdevice.tanh(x)
+def _exp_of(x, rate, rest):
+    """exp(c x) for c x in [0, 80], given c log2(e) and what float32 leaves of it; what rounding loses is multiplied back."""
+    exponent = x * rate
+    lost = tl.fma(x, rest, tl.fma(x, rate, -exponent))
+    guess = _exp2(exponent)
+    return tl.fma(guess, lost * 0.6931471805599453, guess)
+
+
+@triton.jit
+def _tanh(x, FAR: tl.constexpr):
+    """Tanh; without FAR |x| is known to stay below 0.55, and a polynomial gives it within a unit in the last place."""
+    square = x * x
+    near = tl.fma(square, -0.006610227843734885, 0.021309388673364137)
+    near = tl.fma(near, square, -0.05390942882964411)
+    near = tl.fma(near, square, 0.13333113729042678)
+    near = tl.fma(near, square, -0.3333333200797775)
+    near = tl.fma(near * square, x, x)
+    if FAR:
+        if INTERPRETED:
+            far = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
+            near = tl.where(tl.abs(x) < 0.55, near, tl.where(x < 0, -far, far))
+        else:
+            near = libdevice.tanh(x)
+    return near
 
 
 @triton.jit
@@ -60,13 +78,13 @@ def _quotient(x, divisor, inverse):
 
 
 @triton.jit
-def _pcb_score(x, total, numbers, task, TASKS: tl.constexpr):
+def _pcb_score(x, total, numbers, task, FAR: tl.constexpr):
     low = tl.load(numbers + task * 8)
     high = tl.load(numbers + task * 8 + 1)
-    span = tl.load(numbers + task * 8 + 2)
-    inverse = tl.load(numbers + task * 8 + 3)
-    share = _quotient(tl.minimum(tl.maximum(tl.abs(x), low), high) - low, span, inverse)
-    return _exp(share * share * TASKS) * _tanh(x * total)
+    inverse = tl.load(numbers + task * 8 + 2)
+    share = (tl.minimum(tl.maximum(tl.abs(x), low), high) - low) * inverse
+    grown = _exp_of(share * share, tl.load(numbers + task * 8 + 3), tl.load(numbers + task * 8 + 7))
+    return grown * _tanh(x * total, FAR)
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -111,6 +129,7 @@ def sample_kernel(
     numbers,
     TASKS: tl.constexpr,
     KIND: tl.constexpr,
+    FAR: tl.constexpr,
     STORED: tl.constexpr,
     BASED: tl.constexpr,
     BASE_STORED: tl.constexpr,
@@ -160,7 +179,7 @@ def sample_kernel(
         pointer = tl.load(rows + lower * TASKS + task).to(tl.pointer_type(STORED))
         x = tl.load(pointer + element, mask=there, other=0.0).to(tl.float32) - base
         if KIND == _SCORE:
-            value = _pcb_score(x, total, numbers, task, TASKS)
+            value = _pcb_score(x, total, numbers, task, FAR)
         else:
             value = tl.abs(x)
         tl.store(sample + task * (size + 2) + first + column, value, mask=there)
@@ -206,8 +225,26 @@ def _append(value, hit, counter, shelf, capacity, BLOCK_: tl.constexpr):
 
 
 @triton.jit
-def _field(claim, FIELD: tl.constexpr):
-    return tl.where(claim, 1 << (16 * (FIELD % 2)), 0)
+def _counted(
+    packed,
+    claim,
+    words,
+    tiles,
+    tile,
+    task: tl.constexpr,
+    bracket: tl.constexpr,
+    which: tl.constexpr,
+    TASKS: tl.constexpr,
+    PER_TASK: tl.constexpr,
+    FIELDS: tl.constexpr,
+):
+    """Adds one field, 16 bits wide; a word is summed over the tile and stored once both of its fields are in."""
+    number: tl.constexpr = task * PER_TASK + ((FIELDS >> (4 * bracket)) & 15) + which
+    packed += tl.where(claim, 1 << (16 * (number % 2)), 0)
+    if number % 2 == 1 or number == TASKS * PER_TASK - 1:
+        tl.store(words + (number // 2) * tiles + tile, tl.sum(packed))
+        packed = tl.zeros_like(packed)
+    return packed
 
 
 @triton.jit(do_not_specialize=["capacity", "first", "tiles"])
@@ -228,6 +265,7 @@ def count_kernel(
     tiles,
     TASKS: tl.constexpr,
     KIND: tl.constexpr,
+    FAR: tl.constexpr,
     STORED: tl.constexpr,
     BASED: tl.constexpr,
     BASE_STORED: tl.constexpr,
@@ -236,13 +274,17 @@ def count_kernel(
     BRACKETS: tl.constexpr,
     KINDS: tl.constexpr,
     FIELDS: tl.constexpr,
-    WORDS: tl.constexpr,
+    PER_TASK: tl.constexpr,
+    LEAN: tl.constexpr,
     EXAMINE: tl.constexpr,
     BLOCK_: tl.constexpr,
     BUCKETS_: tl.constexpr,
     PAD_: tl.constexpr,
 ):
-    """Each row of one tile against its brackets: counts into `words`, values strictly inside onto the row's lists."""
+    """Each row of one tile against its brackets: counts into `words`, values inside onto the row's lists.
+
+    The ends of a bracket are counted apart, since many values may equal them; LEAN leaves them among those inside.
+    """
     tile = tl.program_id(0)
     tensor = tl.load(tile_tensor + tile).to(tl.int64)
     start = tl.multiple_of(tl.load(tile_start + tile), BLOCK_)
@@ -257,12 +299,13 @@ def count_kernel(
         for task in tl.static_range(TASKS):
             x = _delta(rows, tensor, task, base, element, inside, TASKS, STORED, BASED, ALIGN)
             total = x if task == 0 else total + x
+    packed = tl.zeros([BLOCK_], dtype=tl.int32)
     for task in tl.static_range(TASKS):
         x = _delta(rows, tensor, task, base, element, inside, TASKS, STORED, BASED, ALIGN)
         if EXAMINE:
             tl.store(squares + task * tiles + first + tile, tl.sum(x * x))
         if KIND == _SCORE:
-            value = _pcb_score(x, total, numbers, task, TASKS)
+            value = _pcb_score(x, total, numbers, task, FAR)
         else:
             value = tl.abs(x)
         value = tl.where(inside, value, float("nan"))  # compares false with everything
@@ -270,34 +313,43 @@ def count_kernel(
         for bracket in tl.static_range(BRACKETS):
             low = tl.load(ends + (task * BRACKETS + bracket) * 2)
             high = tl.load(ends + (task * BRACKETS + bracket) * 2 + 1)
-            if (KINDS >> (2 * bracket)) & 3 == _LOW:
-                inner = value < high
-            elif (KINDS >> (2 * bracket)) & 3 == _HIGH:
-                inner = value > low
+            if LEAN:
+                above, under = value >= low, value <= high
             else:
-                inner = (value > low) & (value < high)
+                above, under = value > low, value < high
+            if (KINDS >> (2 * bracket)) & 3 == _LOW:
+                inner = under
+            elif (KINDS >> (2 * bracket)) & 3 == _HIGH:
+                inner = above
+            else:
+                inner = above & under
             hit = inner if bracket == 0 else hit | inner
         shelf = task * BUCKETS_ + tile % BUCKETS_
         _append(value, hit, held + shelf * PAD_, lists + shelf.to(tl.int64) * capacity, capacity, BLOCK_)
-        for word in tl.static_range(WORDS):
-            packed = tl.zeros([BLOCK_], dtype=tl.int32)
-            for bracket in tl.static_range(BRACKETS):
-                low = tl.load(ends + (task * BRACKETS + bracket) * 2)
-                high = tl.load(ends + (task * BRACKETS + bracket) * 2 + 1)
-                if (KINDS >> (2 * bracket)) & 3 == _LOW:
-                    if ((FIELDS >> (4 * bracket)) & 15) // 2 == word:
-                        packed += _field(value == high, (FIELDS >> (4 * bracket)) & 15)
-                elif (KINDS >> (2 * bracket)) & 3 == _HIGH:
-                    if ((FIELDS >> (4 * bracket)) & 15) // 2 == word:
-                        packed += _field(value == low, (FIELDS >> (4 * bracket)) & 15)
-                else:
-                    if ((FIELDS >> (4 * bracket)) & 15) // 2 == word:
-                        packed += _field(value < low, (FIELDS >> (4 * bracket)) & 15)
-                    if (((FIELDS >> (4 * bracket)) & 15) + 1) // 2 == word:
-                        packed += _field(value == low, ((FIELDS >> (4 * bracket)) & 15) + 1)
-                    if (((FIELDS >> (4 * bracket)) & 15) + 2) // 2 == word:
-                        packed += _field(value == high, ((FIELDS >> (4 * bracket)) & 15) + 2)
-            tl.store(words + (task * WORDS + word) * tiles + first + tile, tl.sum(packed))
+        for bracket in tl.static_range(BRACKETS):
+            low = tl.load(ends + (task * BRACKETS + bracket) * 2)
+            high = tl.load(ends + (task * BRACKETS + bracket) * 2 + 1)
+            if (KINDS >> (2 * bracket)) & 3 == _LOW:
+                if not LEAN:
+                    packed = _counted(
+                        packed, value == high, words, tiles, first + tile, task, bracket, 0, TASKS, PER_TASK, FIELDS
+                    )
+            elif (KINDS >> (2 * bracket)) & 3 == _HIGH:
+                if not LEAN:
+                    packed = _counted(
+                        packed, value == low, words, tiles, first + tile, task, bracket, 0, TASKS, PER_TASK, FIELDS
+                    )
+            else:
+                packed = _counted(
+                    packed, value < low, words, tiles, first + tile, task, bracket, 0, TASKS, PER_TASK, FIELDS
+                )
+                if not LEAN:
+                    packed = _counted(
+                        packed, value == low, words, tiles, first + tile, task, bracket, 1, TASKS, PER_TASK, FIELDS
+                    )
+                    packed = _counted(
+                        packed, value == high, words, tiles, first + tile, task, bracket, 2, TASKS, PER_TASK, FIELDS
+                    )
 
 
 @triton.jit
@@ -308,10 +360,10 @@ def _key(value):
 
 
 @triton.jit
-def _summed(words, tiles, task, number, WORDS: tl.constexpr, STEP: tl.constexpr):
+def _summed(words, tiles, number, STEP: tl.constexpr):
     """One field of the counts, summed over all tiles."""
     total = tl.zeros([STEP], dtype=tl.int32)
-    begin_of = words + (task * WORDS + number // 2) * tiles
+    begin_of = words + (number // 2) * tiles
     for begin in range(0, tiles, STEP):
         tile = begin + tl.arange(0, STEP)
         word = tl.load(begin_of + tile, mask=tile < tiles, other=0)
@@ -335,7 +387,8 @@ def resolve_kernel(
     BRACKETS: tl.constexpr,
     KINDS: tl.constexpr,
     FIELDS: tl.constexpr,
-    WORDS: tl.constexpr,
+    PER_TASK: tl.constexpr,
+    LEAN: tl.constexpr,
     BUCKETS_: tl.constexpr,
     PAD_: tl.constexpr,
     STEP: tl.constexpr,
@@ -350,14 +403,20 @@ def resolve_kernel(
     bracket = tl.load(bracket_of + place % RANKS)
     slot = task * BRACKETS + bracket
     kind = (KINDS >> (2 * bracket)) & 3
-    number = (FIELDS >> (4 * bracket)) & 15
-    one = _summed(words, tiles, task, number, WORDS, STEP)
+    number = task * PER_TASK + ((FIELDS >> (4 * bracket)) & 15)
+    one = tl.zeros([], dtype=tl.int64)
+    if (kind == 0) | (not LEAN):
+        one = _summed(words, tiles, number, STEP)
     rank = tl.load(ranks + place)
     if kind == 0:
-        two = _summed(words, tiles, task, number + 1, WORDS, STEP)
+        two = one * 0
+        three = one * 0
+        if not LEAN:
+            two = _summed(words, tiles, number + 1, STEP)
+            three = _summed(words, tiles, number + 2, STEP)
         tl.store(counts + place * 5, one)
         tl.store(counts + place * 5 + 1, two)
-        tl.store(counts + place * 5 + 3, _summed(words, tiles, task, number + 2, WORDS, STEP))
+        tl.store(counts + place * 5 + 3, three)
         tl.store(state + place * 7 + 2, rank - one - two)
     elif kind == 1:
         tl.store(counts + place * 5, one * 0)
@@ -397,6 +456,7 @@ def digit_kernel(
     PAD_: tl.constexpr,
     DIGIT_: tl.constexpr,
     BITS: tl.constexpr,
+    LEAN: tl.constexpr,
     STEP: tl.constexpr,
 ):
     """Counts one digit of the keys that still may be the wanted one."""
@@ -413,7 +473,10 @@ def digit_kernel(
         item = begin + tl.arange(0, STEP)
         key = _key(tl.load(lists + shelf.to(tl.int64) * capacity + item, mask=item < kept, other=0.0))
         offset = key - origin
-        live = (item < kept) & (key > low) & (key < high) & (offset >= 0) & (offset >> width == 0)
+        between = (key >= low) & (key <= high)
+        if not LEAN:
+            between = (key > low) & (key < high)
+        live = (item < kept) & between & (offset >= 0) & (offset >> width == 0)
         tl.atomic_add(bins + place * DIGIT_ + tl.where(live, offset >> shift, 0), 1, mask=live, sem="relaxed")
 
 
@@ -472,7 +535,7 @@ def _pcb_clipped(x, numbers, task):
     low = tl.load(numbers + task * 8)
     high = tl.load(numbers + task * 8 + 1)
     size = tl.minimum(tl.maximum(tl.abs(x), low), high)
-    return tl.where(x > 0, size, tl.where(x < 0, -size, 0.0))
+    return tl.where(x == 0, 0.0, tl.where(x < 0, -size, size))
 
 
 @triton.jit(do_not_specialize=["first", "tiles"])
@@ -491,6 +554,7 @@ def merge_kernel(
     tiles,
     TASKS: tl.constexpr,
     KIND: tl.constexpr,
+    FAR: tl.constexpr,
     STORED: tl.constexpr,
     BASED: tl.constexpr,
     BASE_STORED: tl.constexpr,
@@ -542,7 +606,7 @@ def merge_kernel(
         divisor = tl.zeros([BLOCK_], dtype=tl.float32)
         for task in tl.static_range(TASKS):
             x = _delta(rows, tensor, task, base, element, inside, TASKS, STORED, BASED, ALIGN)
-            share = _pcb_weight(_pcb_score(x, total, numbers, task, TASKS), numbers, task)
+            share = _pcb_weight(_pcb_score(x, total, numbers, task, FAR), numbers, task)
             part = _pcb_clipped(x, numbers, task) * share
             merged = tl.fma(part, tl.load(weights + tensor * TASKS + task), merged)
             divisor += share
@@ -614,6 +678,7 @@ def pack_kernel(
     values,
     first,
     TASKS: tl.constexpr,
+    FAR: tl.constexpr,
     STORED: tl.constexpr,
     BASED: tl.constexpr,
     BASE_STORED: tl.constexpr,
@@ -639,7 +704,7 @@ def pack_kernel(
     mask = tl.zeros([BLOCK_], dtype=tl.int32)
     for task in tl.static_range(TASKS):
         x = _delta(rows, tensor, task, base, element, inside, TASKS, STORED, BASED, ALIGN)
-        share = _pcb_weight(_pcb_score(x, total, numbers, task, TASKS), numbers, task)
+        share = _pcb_weight(_pcb_score(x, total, numbers, task, FAR), numbers, task)
         divisor += share
         mask = mask | (((_pcb_clipped(x, numbers, task) * share != 0) & inside).to(tl.int32) << task)
     divisor = tl.maximum(divisor, 1e-12)
@@ -654,7 +719,7 @@ def pack_kernel(
     place = here + (upto - count)
     for task in tl.static_range(TASKS):
         x = _delta(rows, tensor, task, base, element, inside, TASKS, STORED, BASED, ALIGN)
-        share = _pcb_weight(_pcb_score(x, total, numbers, task, TASKS), numbers, task)
+        share = _pcb_weight(_pcb_score(x, total, numbers, task, FAR), numbers, task)
         there = (mask >> task) & 1
         tl.store(values + place, tl.div_rn(_pcb_clipped(x, numbers, task) * share, divisor), mask=there != 0)
         place += there

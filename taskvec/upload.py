@@ -16,8 +16,8 @@ from taskvec.checkpoint import SEGMENT
 from taskvec.deltas import ModelDeltas, Tile, Watch
 from taskvec.source import TensorSource
 
-SLOT = 4 << 20  # bytes of one pinned buffer; a worker has two. Pinning is slow: 0.5 GB/s measured
-READERS = 12  # workers; more wait longer for the interpreter than they gain
+SLOT = 8 << 20  # bytes of one pinned buffer; a worker has two. Pinning is slow: 0.5 GB/s measured
+READERS = 8  # workers; more wait longer for the interpreter than they gain
 _PAD = 256  # bytes to which each tensor is aligned on the device
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -251,7 +251,8 @@ class _Ring:
         """Until the last copy with that buffer is done."""
         event = self._events[turn]
         if event is not None and self._busy[turn]:
-            event.synchronize()
+            if not event.query():  # waiting hands the interpreter on
+                event.synchronize()
             self._busy[turn] = False
 
 

@@ -39,7 +39,7 @@ from taskvec.precision import dtype_named, is_float, rounded
 from taskvec.source import TensorInfo, TensorSource
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
-_WRITE = 1 << 20  # bytes written by one call
+_WRITE = 16 << 20  # bytes written by one call
 _JOURNAL = "taskvec-journal.jsonl"
 _UNITS = {
     "": 1,

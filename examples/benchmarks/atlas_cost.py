@@ -68,23 +68,30 @@ def vit(shape: str, device: torch.device) -> tuple[nn.Module, int, int]:
 
 def milliseconds(step: Callable[[], object], count: int, device: torch.device, warm: int) -> float:
     """Median time of a step, each measured alone after a warm-up."""
-    for _ in range(warm):
-        step()
-    times = []
+    return in_turns({"": step}, count, device, warm)[""]
+
+
+def in_turns(steps: dict[str, Callable[[], object]], count: int, device: torch.device, warm: int) -> dict[str, float]:
+    """Median time of each step, A B A B, each measured alone after a warm-up of all."""
+    for step in steps.values():
+        for _ in range(warm):
+            step()
+    times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(count):
-        if device.type == "cuda":
-            before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda.synchronize()
-            before.record()
-            step()
-            after.record()
-            torch.cuda.synchronize()
-            times.append(before.elapsed_time(after))
-        else:
-            start = time.perf_counter()
-            step()
-            times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
+        for name, step in steps.items():
+            if device.type == "cuda":
+                before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                torch.cuda.synchronize()
+                before.record()
+                step()
+                after.record()
+                torch.cuda.synchronize()
+                times[name].append(before.elapsed_time(after))
+            else:
+                start = time.perf_counter()
+                step()
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def peak(step: Callable[[], object], device: torch.device) -> int:
@@ -137,7 +144,8 @@ def measure(shape: str, tasks: int, device: torch.device, options: argparse.Name
     result["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     result["torch"] = torch.__version__
     result["parameters"] = sum(p.numel() for p in model.parameters())
-    plain_ms = milliseconds(plain, steps, device, warm)
+    for _ in range(warm):
+        plain()
     plain_peak = peak(plain, device)
     model.zero_grad(set_to_none=True)
 
@@ -151,10 +159,15 @@ def measure(shape: str, tasks: int, device: torch.device, options: argparse.Name
         composition.coefficients.grad = grad * (1.0 / (norm + 1e-6)).clamp(max=1.0)
         optimizer.step()
 
-    composed_ms = milliseconds(composed, steps, device, warm)
-    composed_peak = peak(composed, device)
-    held_ms = milliseconds(lambda: composed(True), steps, device, warm)
-    held_peak = peak(lambda: composed(True), device)
+    kinds: dict[str, Callable[[], object]] = {
+        "plain": plain,
+        "composed": composed,
+        "held": lambda: composed(True),
+    }
+    spent = in_turns(kinds, steps, device, warm)
+    plain_ms, composed_ms, held_ms = spent.values()
+    model.zero_grad(set_to_none=True)
+    composed_peak, held_peak = peak(composed, device), peak(kinds["held"], device)
     if options.profile:
         result["kernels_ms"] = {"plain": kernels(plain), "composed": kernels(composed)}
     result["fused"] = composition._fused is not None

@@ -10,12 +10,12 @@ threads, copying as many bytes to the card, writing as many bytes as the result 
 import argparse
 import json
 import os
+import shutil
 import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -114,14 +114,14 @@ def writing(folder: Path, size: int, threads: int) -> float:
     return spent
 
 
-def medians(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+def medians(runs: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
+    """The median of each run's own seconds, in turns; the first turn warms up."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats + 1):
         for name, run in runs.items():
-            start = time.perf_counter()
-            run()
+            spent = run()
             if turn or "cpu" in name:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(spent)
             if "cpu" in name and turn:
                 times[name] = times[name][:1]
     return {name: round(statistics.median(spent), 4) for name, spent in times.items()}
@@ -142,6 +142,7 @@ def main() -> None:
     threads = len(os.sched_getaffinity(0))
     size = (paths[0] / "model.safetensors").stat().st_size
     reading(paths, threads)
+    os.sync()
     floors = {
         "read": min(reading(paths, threads) for _ in range(2)),
         "copy": copying(size * len(paths)),
@@ -151,8 +152,10 @@ def main() -> None:
 
     parts: dict[str, dict[str, float]] = {}
 
-    def run(method: str, device: str) -> None:
-        """One merge; when each of its passes had begun and ended, in seconds from its start, goes to `parts`."""
+    def run(method: str, device: str) -> float:
+        """Seconds of one merge; when each of its passes had begun and ended, in seconds from its start, goes to `parts`."""
+        shutil.rmtree(arguments.folder / "out", ignore_errors=True)  # another's clean-up is no part of a merge
+        os.sync()
         began = time.perf_counter()
         seen: dict[str, list[float]] = {}
 
@@ -169,7 +172,7 @@ def main() -> None:
             },
             where="benchmark",
         )
-        merge(recipe, arguments.folder / "out", overwrite=True, progress=progress)
+        merge(recipe, arguments.folder / "out", progress=progress)
         whole = time.perf_counter() - began
         parts[f"{method}, {device}"] = {
             **{
@@ -177,6 +180,7 @@ def main() -> None:
             },
             "end": round(whole, 3),
         }
+        return whole
 
     devices = ["cuda", "cpu"] if arguments.cpu else ["cuda"]
     spent = medians(

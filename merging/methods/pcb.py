@@ -108,7 +108,7 @@ def pcb(
         return result
 
     if plain:
-        formula("pcb score", low=low, high=high)(scores)
+        formula("pcb score", low=low, high=high, largest=largest)(scores)
     best = [int(numel * (1 - density)), numel - 1]
     found = yield from order_statistics(scores, [best] * count, numel)
     cut, top = [row[0].value for row in found], [row[1].value for row in found]
@@ -142,7 +142,7 @@ def pcb(
     if plain and all(keeps[i] or largest[i] == 0 or top[i] <= 0 for i in range(count)):
         kept = sum(_kept(row, largest[i], numel) for i, row in enumerate(found))
         name = "pcb parts" if contributions else "pcb"
-        formula(name, low=low, high=high, cut=cut, top=top, keeps=keeps, kept=kept)(kernel)
+        formula(name, low=low, high=high, largest=largest, cut=cut, top=top, keeps=keeps, kept=kept)(kernel)
     return kernel
 
 

@@ -84,3 +84,71 @@ def test_other_weights_are_other_tables(fused, stacks):
         passes.merge(Formula("weighted sum", {}), found)
         for name, stack in stacks.items():
             torch.testing.assert_close(found[name], wanted(stack), rtol=1e-6, atol=1e-6)
+
+
+def flat_of(stacks: dict[str, Tensor]) -> Tensor:
+    return torch.cat([stack.reshape(3, -1) for stack in stacks.values()], 1)
+
+
+def assert_ranked(found, scores: Tensor, ranks: list[list[int]], rtol: float) -> None:
+    """Each statistic is the value of that rank; where the values are the same bits, its counts are exact."""
+    for row, statistics, wanted in zip(scores, found, ranks):
+        ordered = row.sort().values
+        for statistic, rank in zip(statistics, wanted):
+            assert statistic.value == pytest.approx(float(ordered[rank]), rel=rtol, abs=1e-12)
+            if rtol == 0:
+                assert statistic.below == int((row < statistic.value).sum())
+                assert statistic.equal == int((row == statistic.value).sum())
+            else:
+                assert statistic.below <= rank < statistic.below + statistic.equal
+
+
+@pytest.mark.parametrize("coarse", [False, True], ids=["all different", "many equal"])
+def test_ranks_of_magnitudes_are_those_of_a_sort(fused, stacks, coarse):
+    if coarse:
+        stacks = {name: (stack * 2).round() / 2 for name, stack in stacks.items()}
+    magnitudes = flat_of(stacks).abs()
+    numel = magnitudes.shape[1]
+    ranks = [[3, numel * 9 // 10, numel - 1]] * 3
+    found = fused.Resident(entries(fused, stacks)).order_statistics(Formula("magnitude", {}), ranks)
+    assert_ranked(found, magnitudes.cpu(), ranks, 0)
+
+
+def pcb_numbers(flat: Tensor) -> dict[str, list[float]]:
+    ordered = flat.abs().sort(1).values
+    return {"low": ordered[:, 2].tolist(), "high": ordered[:, -4].tolist(), "largest": ordered[:, -1].tolist()}
+
+
+def pcb_scores(flat: Tensor, numbers: dict[str, list[float]]) -> Tensor:
+    """Equation by equation in float64."""
+    wide = flat.double().cpu()
+    low, high = (torch.tensor(numbers[end], dtype=torch.float64)[:, None] for end in ("low", "high"))
+    share = (wide.abs().clamp(low, high) - low) / (high - low)
+    return torch.exp(3 * share.square()) * torch.tanh(wide * wide.sum(0))
+
+
+@pytest.mark.parametrize("size", [1e-4, 0.1, 3.0], ids=["tiny", "tanh by its polynomial", "tanh saturated"])
+@pytest.mark.parametrize("coarse", [False, True], ids=["all different", "many equal"])
+def test_pcb_scores_and_merges_are_the_equations(fused, stacks, size, coarse):
+    stacks = {name: (stack.round() if coarse else stack) * size for name, stack in stacks.items()}
+    flat = flat_of(stacks)
+    numbers, numel = pcb_numbers(flat), flat.shape[1]
+    scores = pcb_scores(flat, numbers)
+    ranks = [[numel * 9 // 10, numel - 1]] * 3
+    found = fused.Resident(entries(fused, stacks)).order_statistics(Formula("pcb score", numbers), ranks)
+    assert_ranked(found, scores, ranks, 2e-6)
+
+    cut, top = ([row[k].value for row in found] for k in range(2))
+    told = numbers | {"cut": cut, "top": top, "keeps": [t > c for t, c in zip(top, cut)]}
+    merged = {name: torch.full(shape, torch.nan, device=HERE) for name, shape in SHAPES.items()}
+    assert fused.Resident(entries(fused, stacks)).merge(Formula("pcb", told), merged)
+    least, reach = (torch.tensor(values, dtype=torch.float64)[:, None] for values in (cut, top))
+    shares = (scores - least).clamp(min=0) / (reach - least).clamp(min=1e-300) * (reach > least)
+    ends = (torch.tensor(numbers[end], dtype=torch.float64)[:, None] for end in ("low", "high"))
+    clipped = flat.double().cpu().abs().clamp(*ends) * flat.double().cpu().sign()
+    wanted = (torch.tensor(WEIGHTS, dtype=torch.float64)[:, None] * clipped * shares).sum(0) / shares.sum(0).clamp(
+        min=1e-12
+    )
+    got = torch.cat([part.flatten() for part in merged.values()]).double().cpu()
+    # an entry at the threshold is a difference of nearly equal scores
+    assert float(((got - wanted).abs() > 1e-4 * wanted.abs().max()).double().mean()) < 0.01
