@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merging.method import MergeMethod, method
+from merging.method import MergeMethod, cancelled, method
 from merging.recipe import Depth, Gradient, Recipe, TaskSpec, unmatched, value_at
 from merging.stacks import seeded
 from taskvec.blocks import depth_of
@@ -707,7 +707,7 @@ def _weights(
         in_part = chosen.space == "delta" and len(zero) < len(fixed)
         if zero and not in_part and chosen.name != "passthrough":
             problems.add(f"weights: all are zero for {shortened(zero)}; nothing would be merged there")
-        none = [name for name, weights in fixed.items() if float(weights.double().sum()) == 0]
+        none = [name for name, weights in fixed.items() if bool(cancelled(weights))]
         if none and chosen.name in ("average", "linear", "task_arithmetic") and parameters.get("normalize") is True:
             problems.add(
                 f"weights: they add up to zero for {shortened(none)}, so they cannot be normalised (normalize: false)"

@@ -87,10 +87,10 @@ def combination(stack: Tensor, coefficients: Sequence[float]) -> Tensor:
 
 
 def shares_of(weights: Sequence[float]) -> Any:
-    """Weights divided by their sum; None where it is zero."""
+    """Weights divided by their sum; None where it is zero but for rounding."""
     values = np.asarray(weights, np.float64)
     total = float(values.sum())
-    return None if total == 0 else values / total
+    return None if abs(total) <= 1e-6 * float(np.abs(values).sum()) else values / total
 
 
 def arc(products: Tensor, position: "float | Tensor", collinear: float = 1e-8) -> tuple[Tensor, Tensor]:

@@ -114,7 +114,7 @@ class Chain:
         divisor = factor = None
         if self.combine.name == "weighted mean":
             divisor = float(weights.double().sum(0))
-            if divisor == 0:
+            if abs(divisor) <= 1e-6 * float(weights.double().abs().sum(0)):
                 return None  # the kernel itself refuses, in its own words
         elif self.combine.name == "plain mean":
             numbers["seen"](own)

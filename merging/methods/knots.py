@@ -41,8 +41,8 @@ def knots(
         stack = weighted(tile)
         count, rows, columns = stack.shape
         found = watch.saw(tile.name, svd(stack.transpose(0, 1).reshape(rows, count * columns), stack.dtype))
-        # [task, rank, in]
-        coordinates = found.right.T.reshape(found.rank, count, columns).transpose(0, 1)
+        # [task, rank, in]; made from the updates, so that where one is zero it has no sign to vote with
+        coordinates = (found.left.T @ stack.double()) / found.values[:, None]
         merged = coordinates.mean(0) if rule == "mean" else _ties(coordinates, density)
         return (found.left @ (found.values[:, None] * merged)).to(stack.dtype)
 

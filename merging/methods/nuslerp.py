@@ -43,7 +43,7 @@ def nuslerp(deltas: Deltas, *, by: Literal["tensor", "row", "column"] = "tensor"
 
     def position_of(weights: Sequence[float]) -> float:
         one, two = weights
-        if one + two == 0:
+        if abs(one + two) <= 1e-6 * (abs(one) + abs(two)):
             raise ParameterError("the two task weights add up to zero; nuslerp needs their ratio")
         return two / (one + two)
 

@@ -7,7 +7,7 @@ import torch
 
 from merging import Recipe, merge, merge_stacks
 from taskvec import Checkpoint
-from taskvec.errors import RecipeError
+from taskvec.errors import ParameterError, RecipeError
 from taskvec.sweep import Outcome
 
 
@@ -82,6 +82,13 @@ def test_a_gradient_of_weights_that_starts_at_zero_leaves_those_layers_at_the_ba
         torch.testing.assert_close(found.read(name), wanted)
 
 
+@pytest.mark.parametrize("method", ["average", "linear", "karcher", "multislerp"])
+def test_weights_that_cancel_but_for_rounding_are_refused(method):
+    stack = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(1))
+    with pytest.raises(ParameterError, match="add up to zero"):
+        merge_stacks(method, {"w": stack}, weights=[0.1, 0.2, -0.3])
+
+
 @pytest.mark.parametrize("method", ["karcher", "multislerp", "nuslerp"])
 def test_weights_that_cancel_are_refused_before_anything_is_read(zoo, tmp_path, method):
     tasks = [{"path": str(path), "weight": weight} for path, weight in zip(zoo.tuned, [1.0, -1.0])]
@@ -91,7 +98,7 @@ def test_weights_that_cancel_are_refused_before_anything_is_read(zoo, tmp_path, 
 
 
 def test_weights_that_cancel_cannot_be_normalised_in_task_arithmetic(zoo, tmp_path):
-    tasks = [{"path": str(path), "weight": weight} for path, weight in zip(zoo.tuned, [1.0, -1.0])]
+    tasks = [{"path": str(path), "weight": weight} for path, weight in zip(zoo.tuned, [0.1, 0.2, -0.3])]
     with pytest.raises(RecipeError, match=r"cannot be normalised \(normalize: false\)"):
         merge(Recipe.from_data(zoo.recipe(parameters={"normalize": True}, tasks=tasks)), tmp_path / "out")
 

@@ -340,3 +340,12 @@ def test_a_model_without_matrices_is_warned_of(method, tmp_path):
     what = "stay the base's" if method == "wudi" else "are averaged"
     said = f"{method}: none of the 2 tensors is a matrix (kernels of convolutions are not), so all {what}"
     assert said in outcome.warnings
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("density", [1.0, 0.3])
+def test_in_knots_a_task_that_changed_nothing_has_no_vote(dtype, density):
+    stack = torch.randn(3, 9, 14, generator=torch.Generator().manual_seed(8)).to(dtype)
+    stack[1] = 0
+    found = merge_stacks("knots", {"w": stack}, density=density)["w"]
+    torch.testing.assert_close(found, merge_stacks("knots", {"w": stack[[0, 2]]}, density=density)["w"])
