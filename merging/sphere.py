@@ -44,18 +44,13 @@ class Sphere:
         Args:
             logarithm: whether steps have the length of the arc (the logarithm map) or that of the projection.
         """
-        total = np.zeros_like(point)
         cosines = np.clip(self.units @ point, -1.0, 1.0)
-        for i, share in enumerate(shares):
-            if not self.directed[i]:
-                continue
-            factor = share
-            if logarithm:
-                sine = math.sqrt(max(0.0, 1.0 - cosines[i] ** 2))
-                factor *= math.atan2(sine, cosines[i]) / sine if sine > 1e-12 else 1.0
-            total[i] += factor
-            total -= factor * cosines[i] * point
-        return total
+        factors = np.where(self.directed, shares, 0.0)
+        if logarithm:
+            sines = np.sqrt(1.0 - cosines**2)
+            near = sines <= 1e-12
+            factors = factors * np.where(near, 1.0, np.arctan2(sines, cosines) / np.where(near, 1.0, sines))
+        return factors - float(factors @ cosines) * point
 
     def among_directed(self, shares: Any) -> Any:
         """The shares of the vectors that have a direction, adding up to one again where that is possible."""
