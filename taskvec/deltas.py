@@ -348,6 +348,29 @@ class ModelDeltas:
                 stored = self._stored(name, begin, end, rows, base)
             yield stored
 
+    def hashed(self, name: str) -> bool:
+        """Whether the digests of all inputs' tensors of this name are known."""
+        sources = [*([self.base] if self.base is not None else []), *(task.source for task in self._tasks)]
+        return all(source.knows_digest(name) for source in sources if isinstance(source, Checkpoint) and name in source)
+
+    def streamed(self, name: str, start: int, stop: int, size: int, room: "Room") -> Stored | None:
+        """The same elements as one tile, of which compiled passes read `size` at a time into the room.
+
+        None where an input does not lie in a file as it is.
+        """
+        places = [place for place, task in enumerate(self._tasks) if name in task.source.infos]
+        sources = [self._tasks[place].source for place in places] + ([] if self.base is None else [self.base])
+        found = _Reading(sources, name, room).files(start, stop, size)
+        if found is None:
+            return None
+        files, values = found
+        rows: list[Tensor | None] = [None] * len(self._tasks)
+        for place, raw in zip(places, values):
+            rows[place] = raw
+        stored = self._stored(name, start, stop, rows, None if self.base is None else values[-1])
+        stored.files = files
+        return stored
+
     def gathered(self, name: str, blocks: Sequence[tuple[int, int]]) -> Stored:
         """Several blocks of elements side by side, as if they were one piece."""
         sources = [task.source if name in task.source.infos else None for task in self._tasks] + [self.base]
@@ -456,6 +479,22 @@ class _Reading:
                 assert isinstance(source, Checkpoint)
                 source.read_into(self._name, start, stop, into)
         return self._found
+
+    def files(self, start: int, stop: int, size: int) -> tuple[native.Files, list[Tensor]] | None:
+        """For compiled passes that read these elements themselves, `size` at a time, and where these go."""
+        if not self.same or not native.usable():
+            return None
+        self._provide(size)
+
+        def again() -> None:
+            for begin in range(start, stop, size):
+                for source, into in zip(self._sources, self._found):
+                    assert isinstance(source, Checkpoint)
+                    count = min(size, stop - begin)
+                    source.read_into(self._name, begin, begin + count, into[:count])
+
+        offsets = self._first + start * self._item
+        return native.Files(self._files, offsets, self._item, self._into, size, again), self._found
 
     def _provide(self, count: int) -> None:
         self._count, self._sizes = count, count * self._item

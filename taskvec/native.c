@@ -12,23 +12,27 @@
 #include <string.h>
 #include <unistd.h>
 
-#define TV_VERSION 2 /* raised with every change of a struct or a signature; native.py holds the same number */
+#define TV_VERSION 3 /* raised with every change of a struct or a signature; native.py holds the same number */
 
 int tv_version(void) { return TV_VERSION; }
 
+static int read_whole(int fd, char *into, int64_t size, int64_t offset, int *error) {
+    for (int64_t done = 0; done < size;) {
+        ssize_t got = pread(fd, into + done, (size_t)(size - done), offset + done);
+        if (got < 0 && errno == EINTR) continue;
+        if (got <= 0) {
+            *error = got < 0 ? errno : 0;
+            return 0;
+        }
+        done += got;
+    }
+    return 1;
+}
+
 /* Positioned reads of several pieces. Returns -1, or the index of the piece that failed (errno in *error; 0: too short). */
 int tv_read(int count, const int *fds, const int64_t *offsets, const int64_t *sizes, void **into, int *error) {
-    for (int i = 0; i < count; i++) {
-        for (int64_t done = 0; done < sizes[i];) {
-            ssize_t got = pread(fds[i], (char *)into[i] + done, (size_t)(sizes[i] - done), offsets[i] + done);
-            if (got < 0 && errno == EINTR) continue;
-            if (got <= 0) {
-                *error = got < 0 ? errno : 0;
-                return i;
-            }
-            done += got;
-        }
-    }
+    for (int i = 0; i < count; i++)
+        if (!read_whole(fds[i], into[i], sizes[i], offsets[i], error)) return i;
     return -1;
 }
 
@@ -46,11 +50,21 @@ enum { PRODUCTS = 0, ENERGIES = 1 };                   /* sums over chunks */
 #define BLOCK 1024   /* elements that go through all steps at a time */
 #define CHUNK 32768  /* elements whose squares make one partial sum */
 
-/* What lies in memory of one tile, as it is stored. A row without memory is zero. */
+/* Files that are read while a tile is worked on, `piece` elements at a time, to where its rows and its base lie. */
+typedef struct {
+    int64_t count, piece;
+    const int32_t *files;
+    const int64_t *offsets, *sizes; /* of the tile's first element; of one element */
+    void *const *into;
+} tv_files;
+
+/* One tile, as it is stored. A row without memory is zero. */
 typedef struct {
     int32_t tasks;
     int32_t base_kind;
     int64_t count;
+    int64_t chunks; /* of all its pieces: the row length of sums over chunks */
+    const tv_files *files; /* NULL: all of it lies in memory */
     const void *const *rows;
     const int32_t *kinds;
     const int32_t *relations;
@@ -76,6 +90,16 @@ typedef struct {
     const uint64_t *limit;
 } tv_step;
 
+/* Tasks whose entries are dropped by their ranks, in rows of `width`, before everything else; `keys` are those of the draws. */
+typedef struct {
+    int32_t width;
+    const int32_t *there, *rescale;
+    const uint32_t *add, *multiply;
+    const float *slope, *least;
+    float *stack; /* room for the rows of one piece */
+    uint32_t *spare; /* room for 6 rows of `width` and 96 more */
+} tv_ranked;
+
 typedef struct {
     int32_t combine;
     int32_t steps;
@@ -88,69 +112,32 @@ typedef struct {
     float least;        /* SCE: the least variance that is kept */
     const int32_t *keeps; /* PCB, for each task: whether it takes part, the ends of its clip, threshold and largest score */
     const float *low, *high, *cut, *top;
+    const tv_ranked *ranked; /* NULL: none */
 } tv_merge_plan;
 
-static void sort_few(uint64_t *keys, int count) {
-    for (int i = 1; i < count; i++) {
-        uint64_t key = keys[i];
-        int j = i;
-        for (; j > 0 && keys[j - 1] > key; j--) keys[j] = keys[j - 1];
-        keys[j] = key;
-    }
-}
+/* Of the ranks of a row: buckets, and how many are compared one with another. */
+enum { LOG = 11, MOST_BUCKETS = (1 << LOG) + (1 << (LOG - 2)) + 2, FEW = 64 };
 
-/* Sorts by the upper 32 bits, 8 at a time; `spare` has room for as many. */
-static void sort_many(uint64_t *keys, int count, uint64_t *spare) {
-    for (int shift = 32; shift < 64; shift += 8) {
+/* Sorts 8 bits at a time; `spare` has room for as many. */
+static void sort_sizes(uint32_t *sizes, int count, uint32_t *spare) {
+    for (int shift = 0; shift < 32; shift += 8) {
         int places[257] = {0};
-        for (int i = 0; i < count; i++) places[((keys[i] >> shift) & 0xff) + 1]++;
+        for (int i = 0; i < count; i++) places[((sizes[i] >> shift) & 0xff) + 1]++;
         for (int b = 0; b < 256; b++) places[b + 1] += places[b];
-        for (int i = 0; i < count; i++) spare[places[(keys[i] >> shift) & 0xff]++] = keys[i];
-        memcpy(keys, spare, (size_t)count * sizeof(uint64_t));
+        for (int i = 0; i < count; i++) spare[places[(sizes[i] >> shift) & 0xff]++] = sizes[i];
+        memcpy(sizes, spare, (size_t)count * sizeof(uint32_t));
     }
 }
 
-/* The rank of each magnitude within a row, equal ones sharing their mean rank. Zeros, often most of a row in half
-   precision, come first and need no sorting; buckets over the uppermost 8 powers of two hold few of the others each, and
-   what lies below them has one. `keys` and `ordered` have room for `width`. */
-static void tv_rank(const uint32_t *bits, int width, uint64_t *keys, uint64_t *ordered, float *ranks) {
-    enum { LOG = 11, BUCKETS = (1 << LOG) + 1, SHIFT = 26 - LOG };
-    int places[BUCKETS + 1] = {0}, biggest = 0, count = 0;
-    uint32_t largest = 0;
-    for (int i = 0; i < width; i++) {
-        uint32_t size = bits[i] & 0x7fffffffu;
-        largest = size > largest ? size : largest;
-        keys[count] = (uint64_t)size << 32 | (uint32_t)i;
-        count += size != 0;
+/* How many of a sorted list are below `size` (or, with `also`, equal to it). */
+static int below_in(const uint32_t *sorted, int count, uint32_t size, int also) {
+    int low = 0, high = count;
+    while (low < high) {
+        int middle = (low + high) / 2;
+        if (sorted[middle] < size || (also && sorted[middle] == size)) low = middle + 1;
+        else high = middle;
     }
-    const int zeros = width - count;
-    const uint32_t floor = largest >= (1u << 26) ? largest - (1u << 26) + 1 : 0;
-    for (int i = 0; i < width; i++) ranks[i] = (float)(zeros - 1) * 0.5f;
-    if (count == 0) return;
-#define BUCKET(key) ((uint32_t)((key) >> 32) > floor ? 1 + (((uint32_t)((key) >> 32) - floor) >> SHIFT) : 0)
-    for (int i = 0; i < count; i++) places[BUCKET(keys[i]) + 1]++;
-    for (int b = 0; b < BUCKETS; b++) biggest = places[b + 1] > biggest ? places[b + 1] : biggest;
-    for (int b = 0; b < BUCKETS; b++) places[b + 1] += places[b];
-    for (int i = 0; i < count; i++) ordered[places[BUCKET(keys[i])]++] = keys[i];
-#undef BUCKET
-    if (biggest > 48) {
-        for (int b = 0, first = 0; b < BUCKETS; first = places[b++]) { /* places now hold where each bucket ends */
-            int held = places[b] - first, sorted = 1; /* as equal ones are */
-            if (held <= 48) continue;
-            for (int i = first + 1; i < first + held; i++) sorted &= ordered[i - 1] <= ordered[i];
-            if (!sorted) sort_many(ordered + first, held, keys);
-        }
-    }
-    sort_few(ordered, count); /* no entry is far from its place */
-    int32_t *firsts = (int32_t *)keys;
-    for (int i = 1, first = firsts[0] = 0; i < count; i++) {
-        first = ordered[i] >> 32 == ordered[i - 1] >> 32 ? first : i;
-        firsts[i] = first;
-    }
-    for (int i = count - 1, last = i; i >= 0; i--) {
-        ranks[(uint32_t)ordered[i]] = (float)(2 * zeros + firsts[i] + last) * 0.5f;
-        last = i > 0 && ordered[i] >> 32 != ordered[i - 1] >> 32 ? i - 1 : last;
-    }
+    return low;
 }
 
 #define AVX512 0
@@ -183,41 +170,109 @@ int tv_level(void) {
 
 #define CHOOSE(level, call) (level == 5 ? call##_avx512 : call##_avx2)
 
+enum { NOT_FINITE = 1, OVERFLOWN = 2, UNREAD = 4 }; /* what can be wrong: the base, a result, a file */
+
+/* A piece of a tile, and how many elements and chunks come before it. */
+typedef struct {
+    tv_tile tile;
+    int64_t at, chunk;
+} tv_piece;
+
+static tv_piece before_first(const tv_tile *whole) {
+    tv_piece piece = {*whole, 0, 0};
+    piece.tile.count = 0;
+    return piece;
+}
+
+/* The next piece, read where it lies in files; the whole tile where it lies in memory. Returns whether there is one. */
+static int next_piece(const tv_tile *whole, tv_piece *piece, int *bad) {
+    const tv_files *from = whole->files;
+    piece->at += piece->tile.count;
+    piece->chunk += (piece->tile.count + CHUNK - 1) / CHUNK;
+    const int64_t left = whole->count - piece->at, count = from && from->piece < left ? from->piece : left;
+    if (left <= 0) return 0;
+    piece->tile.count = count;
+    for (int64_t i = 0; from && i < from->count; i++) {
+        const int64_t size = from->sizes[i];
+        int error;
+        if (!read_whole(from->files[i], from->into[i], count * size, from->offsets[i] + piece->at * size, &error)) {
+            *bad |= UNREAD;
+            return 0;
+        }
+    }
+    return 1;
+}
+
 /* The stack in float32, [task, count] at `stride`, the base in float32, sums of squares [task, chunk].
-   Returns 1 where the base holds a value that is not finite. */
+   Returns what is wrong. */
 int tv_load(int level, const tv_tile *tile, float *stack, int64_t stride, float *base, double *squares) {
-    return CHOOSE(level, load)(tile, stack, stride, base, squares);
+    tv_piece piece = before_first(tile);
+    int bad = 0;
+    while (next_piece(tile, &piece, &bad))
+        bad |= CHOOSE(level, load)(&piece.tile, stack + piece.at, stride, base ? base + piece.at : base,
+                                   squares ? squares + piece.chunk : squares);
+    return bad;
 }
 
 /* Counts against brackets [row, wanted]: below, at the low end, at the high end [row, wanted, 3]; what lies inside goes
-   to `inside` [row, wanted, room] and its number to `held`. Returns 1 where the base is not finite. */
+   to `inside` [row, wanted, room] and its number to `held`. Returns what is wrong. */
 int tv_count(int level, const tv_tile *tile, const tv_values *what, int wanted, const float *low, const float *high,
              int64_t *counts, float *inside, int64_t room, int64_t *held, double *squares) {
-    return CHOOSE(level, count)(tile, what, wanted, low, high, counts, inside, room, held, squares);
+    tv_piece piece = before_first(tile);
+    int bad = 0;
+    while (next_piece(tile, &piece, &bad))
+        bad |= CHOOSE(level, count)(&piece.tile, what, wanted, low, high, counts, inside, room, held,
+                                    squares ? squares + piece.chunk : squares);
+    return bad;
 }
 
-/* The values of which order statistics are taken, [row, count]. */
+/* The values of which order statistics are taken, [row, count], of a tile in memory. */
 void tv_list(int level, const tv_tile *tile, const tv_values *what, float *out) {
     CHOOSE(level, list)(tile, what, out);
 }
 
 /* Inner products of the rows, the lower triangle of [chunk, task, task]; or the energies of what is selected,
-   [chunk, task]. Returns 1 where the base is not finite. */
+   [chunk, task]. Returns what is wrong. */
 int tv_gram(int level, const tv_tile *tile, int what, float least, double *products, double *squares) {
-    return CHOOSE(level, gram)(tile, what, least, products, squares);
+    const int64_t each = what == ENERGIES ? tile->tasks : (int64_t)tile->tasks * tile->tasks;
+    tv_piece piece = before_first(tile);
+    int bad = 0;
+    while (next_piece(tile, &piece, &bad))
+        bad |= CHOOSE(level, gram)(&piece.tile, what, least, products + piece.chunk * each,
+                                   squares ? squares + piece.chunk : squares);
+    return bad;
 }
 
-/* Drops entries of rows of `width` by the ranks of their magnitudes; see tv_rank. `spare` has room for 3 rows of 8 bytes. */
-void tv_rank_drop(int level, float *values, int64_t rows, int width, uint32_t position, uint32_t add, uint32_t multiply,
-                  float slope, float least, int rescale, void *spare) {
-    uint64_t *keys = spare;
-    CHOOSE(level, rank_drop)(values, rows, width, position, add, multiply, slope, least, rescale, keys, keys + width,
-                             (float *)(keys + 2 * (int64_t)width));
-}
-
-/* The merged values in the output's dtype. Returns 1: the base is not finite; 2: a result is not, in that dtype. */
+/* The merged values in the output's dtype. Returns what is wrong. */
 int tv_merge(int level, const tv_tile *tile, const tv_merge_plan *plan, void *out, double *squares) {
-    return CHOOSE(level, merge)(tile, plan, out, squares);
+    const tv_ranked *ranked = plan->ranked;
+    const int64_t size = plan->out_kind == FLOAT32 ? 4 : 2;
+    const void *rows[MOST_TASKS];
+    int32_t plain[MOST_TASKS] = {0}; /* FLOAT32, AS_IS */
+    tv_piece piece = before_first(tile);
+    tv_merge_plan here = *plan;
+    int bad = 0;
+    while (next_piece(tile, &piece, &bad)) {
+        double *sums = squares ? squares + piece.chunk : squares;
+        tv_tile given = piece.tile;
+        here.position = plan->position + (uint32_t)piece.at;
+        if (ranked) {
+            int wrong = CHOOSE(level, load)(&given, ranked->stack, given.count, 0, sums);
+            bad |= sums ? wrong : 0;
+            sums = 0;
+            for (int task = 0; task < given.tasks; task++) {
+                float *row = ranked->stack + task * given.count;
+                rows[task] = row;
+                if (ranked->there[task])
+                    CHOOSE(level, rank_drop)(row, given.count / ranked->width, ranked->width, here.position,
+                                             ranked->add[task], ranked->multiply[task], ranked->slope[task],
+                                             ranked->least[task], ranked->rescale[task], ranked->spare);
+            }
+            given.rows = rows, given.kinds = plain, given.relations = plain;
+        }
+        bad |= CHOOSE(level, merge)(&given, &here, (char *)out + piece.at * size, sums);
+    }
+    return bad;
 }
 
 #else

@@ -6,7 +6,7 @@ at installation, or the processor lacks AVX2, the twins run. Calls go through ct
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass, field
 from functools import cache
@@ -17,14 +17,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from taskvec.errors import ChangedFileError
+
 CHUNK = 1 << 15
 """Elements whose squares make one partial sum."""
 
 MOST_TASKS = 64
-_VERSION = 2  # that of native.c: a library built from older sources is not used
+_VERSION = 3  # that of native.c: a library built from older sources is not used
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 AS_IS, LESS_BASE, PLUS_BASE = 0, 1, 2
+_NOT_FINITE, _OVERFLOWN, _UNREAD = 1, 2, 4
+
+
+class _Files(ctypes.Structure):
+    _fields_ = [
+        ("count", c_int64),
+        ("piece", c_int64),
+        ("files", c_void_p),
+        ("offsets", c_void_p),
+        ("sizes", c_void_p),
+        ("into", c_void_p),
+    ]
 
 
 class _Tile(ctypes.Structure):
@@ -32,6 +46,8 @@ class _Tile(ctypes.Structure):
         ("tasks", c_int32),
         ("base_kind", c_int32),
         ("count", c_int64),
+        ("chunks", c_int64),
+        ("files", POINTER(_Files)),
         ("rows", POINTER(c_void_p)),
         ("kinds", POINTER(c_int32)),
         ("relations", POINTER(c_int32)),
@@ -49,6 +65,20 @@ class _Step(ctypes.Structure):
         ("add", POINTER(c_uint32)),
         ("multiply", POINTER(c_uint32)),
         ("limit", POINTER(c_uint64)),
+    ]
+
+
+class _Ranked(ctypes.Structure):
+    _fields_ = [
+        ("width", c_int32),
+        ("there", POINTER(c_int32)),
+        ("rescale", POINTER(c_int32)),
+        ("add", POINTER(c_uint32)),
+        ("multiply", POINTER(c_uint32)),
+        ("slope", POINTER(c_float)),
+        ("least", POINTER(c_float)),
+        ("stack", c_void_p),
+        ("spare", c_void_p),
     ]
 
 
@@ -73,11 +103,37 @@ class _Plan(ctypes.Structure):
         ("high", POINTER(c_float)),
         ("cut", POINTER(c_float)),
         ("top", POINTER(c_float)),
+        ("ranked", POINTER(_Ranked)),
     ]
 
 
 class _Values(ctypes.Structure):
     _fields_ = [("what", c_int32), ("low", POINTER(c_float)), ("high", POINTER(c_float))]
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """Files from which compiled passes read a tile themselves, piece by piece, each to where the one before it lay.
+
+    Attributes:
+        files: descriptors, int32 [source].
+        offsets, sizes: where the tile begins, and the bytes of one element; int64 [source].
+        into: the addresses that pieces go to, int64 [source].
+        piece: elements read at a time, a multiple of CHUNK or of whole rows.
+        again: reads the tile once more, to say in words what is wrong with which file.
+    """
+
+    files: "np.ndarray[Any, Any]"
+    offsets: "np.ndarray[Any, Any]"
+    sizes: "np.ndarray[Any, Any]"
+    into: "np.ndarray[Any, Any]"
+    piece: int
+    again: Callable[[], None]
+
+    def struct(self) -> _Files:
+        """As C sees it."""
+        arrays = (self.files, self.offsets, self.sizes, self.into)
+        return _Files(len(self.files), self.piece, *(array.ctypes.data for array in arrays))
 
 
 @dataclass(slots=True)
@@ -86,9 +142,11 @@ class Stored:
 
     Attributes:
         name, start, stop: the elements, as in `Tile`.
-        rows: [n] of each task in its stored dtype; None where a delta source lacks the tensor (zero).
+        rows: [n] of each task in its stored dtype; None where a delta source lacks the tensor (zero). With `files` these
+            are the places of one piece.
         relations: for each row whether the base is taken off, added, or neither.
         base: [n]; None where there is none.
+        files: where the values are read from meanwhile; None where they lie in memory.
     """
 
     name: str
@@ -97,6 +155,7 @@ class Stored:
     rows: list[Tensor | None]
     relations: list[int]
     base: Tensor | None
+    files: Files | None = None
     _struct: Any = field(default=None, repr=False)
     _known: bool | None = field(default=None, repr=False)
 
@@ -116,9 +175,16 @@ class Stored:
             row.dtype in _KINDS and row.device.type == "cpu" and row.is_contiguous() for row in there
         )
 
+    @property
+    def chunks(self) -> int:
+        """How many partial sums there are of each row: chunks begin with each piece that is read."""
+        piece = self.count if self.files is None else self.files.piece
+        whole, rest = divmod(self.count, max(1, piece))
+        return whole * -(-piece // CHUNK) + -(-rest // CHUNK)
+
     def squares(self) -> "np.ndarray[Any, Any]":
         """Memory for the sums of squares, float64 [task, chunk]."""
-        return np.zeros((len(self.rows), -(-self.count // CHUNK)))
+        return np.zeros((len(self.rows), self.chunks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +206,9 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """One task's numbers for `rank_drop`."""
+    """One task's numbers for dropping entries by rank: each is kept with the probability slope · rank + least, and divided
+    by it if asked; `keys` make the draws (`taskvec.draws`). Eager twin: in `merging.methods.della`.
+    """
 
     keys: tuple[int, int]
     slope: float
@@ -217,9 +285,6 @@ def _library() -> Any:
     ]  # fmt: skip
     library.tv_list.argtypes = [c_int, POINTER(_Tile), POINTER(_Values), c_void_p]
     library.tv_gram.argtypes = [c_int, POINTER(_Tile), c_int, c_float, c_void_p, c_void_p]
-    library.tv_rank_drop.argtypes = [
-        c_int, c_void_p, c_int64, c_int, c_uint32, c_uint32, c_uint32, c_float, c_float, c_int, c_void_p,
-    ]  # fmt: skip
     library.tv_merge.argtypes = [c_int, POINTER(_Tile), POINTER(_Plan), c_void_p, c_void_p]
     library.tv_read.argtypes = [c_int, c_void_p, c_void_p, c_void_p, c_void_p, POINTER(c_int)]
     return library, int(library.tv_level())
@@ -271,10 +336,19 @@ def load(stored: Stored, stack: Tensor, base: Tensor | None, squares: "np.ndarra
     """
     library, level = _library()
     tile = _tile(stored)
-    return not library.tv_load(
+    bad = library.tv_load(
         level, ctypes.byref(tile), stack.data_ptr(), stack.stride(0), None if base is None else base.data_ptr(),
         None if squares is None else squares.ctypes.data,
     )  # fmt: skip
+    return not _checked(bad, stored) & _NOT_FINITE
+
+
+def _checked(bad: int, stored: Stored) -> int:
+    """What a pass found wrong; raises where it could not read."""
+    if bad & _UNREAD and stored.files is not None:
+        stored.files.again()
+        raise ChangedFileError(f"{stored.name}: a file could not be read whole, and then could.")
+    return bad
 
 
 @dataclass(slots=True)
@@ -309,7 +383,7 @@ def count(
         counts.ctypes.data, inside.ctypes.data, room, held.ctypes.data, None if squares is None else squares.ctypes.data,
     )  # fmt: skip
     kept = [[inside[t, k, : held[t, k]].copy() for k in range(wanted)] for t in range(rows)]
-    return Counted(counts, kept, not bad)
+    return Counted(counts, kept, not _checked(bad, stored) & _NOT_FINITE)
 
 
 def listed(stored: Stored, values: Values) -> Tensor:
@@ -328,12 +402,12 @@ def gram(stored: Stored, squares: "np.ndarray[Any, Any] | None" = None) -> "tupl
     """
     library, level = _library()
     tile, tasks = _tile(stored), len(stored.rows)
-    products = np.zeros((-(-stored.count // CHUNK), tasks, tasks))
+    products = np.zeros((stored.chunks, tasks, tasks))
     bad = library.tv_gram(
         level, ctypes.byref(tile), 0, 0.0, products.ctypes.data, None if squares is None else squares.ctypes.data
     )
     lower = np.tril(products, -1)
-    return products + lower.transpose(0, 2, 1), not bad
+    return products + lower.transpose(0, 2, 1), not _checked(bad, stored) & _NOT_FINITE
 
 
 def energies(
@@ -345,54 +419,31 @@ def energies(
     """
     library, level = _library()
     tile = _tile(stored)
-    sums = np.zeros((-(-stored.count // CHUNK), len(stored.rows)))
+    sums = np.zeros((stored.chunks, len(stored.rows)))
     bad = library.tv_gram(
         level, ctypes.byref(tile), 1, least, sums.ctypes.data, None if squares is None else squares.ctypes.data
     )
-    return sums, not bad
-
-
-def rank_drop(
-    values: Tensor, width: int, position: int, keys: tuple[int, int], slope: float, least: float, rescale: bool
-) -> None:
-    """Keeps each entry of rows of `width` with the probability slope · rank + least, in place; divides by it if asked.
-
-    Args:
-        values: float32 [row · width], contiguous, finite.
-        position: the first entry's index in its tensor; with `keys` it makes the draws (`taskvec.draws`).
-
-    Eager twin: in `merging.methods.della`.
-    """
-    library, level = _library()
-    spare = torch.empty(3 * width, dtype=torch.int64)
-    library.tv_rank_drop(
-        level, values.data_ptr(), values.numel() // width, width, position & 0xFFFFFFFF, *keys, slope, least, rescale,
-        spare.data_ptr(),
-    )  # fmt: skip
-
-
-def dropped(stored: Stored, how: Combination, stack: Tensor, squares: "np.ndarray[Any, Any] | None") -> Stored:
-    """The tile after `how.ranked`, in `stack`, float32 [task, n]; it must hold whole rows."""
-    base_finite = load(stored, stack, None, squares)
-    if squares is not None and not base_finite:
-        squares.fill(np.nan)
-    for row, ranked in zip(stack, how.ranked):
-        if ranked is not None:
-            rank_drop(row, how.width, stored.start, ranked.keys, ranked.slope, ranked.least, ranked.rescale)
-    rows: list[Tensor | None] = list(stack)
-    return Stored(stored.name, stored.start, stored.stop, rows, [AS_IS] * len(rows), stored.base)
+    return sums, not _checked(bad, stored) & _NOT_FINITE
 
 
 def merge(
-    stored: Stored, how: Combination, out: Tensor, squares: "np.ndarray[Any, Any] | None" = None
+    stored: Stored,
+    how: Combination,
+    out: Tensor,
+    squares: "np.ndarray[Any, Any] | None" = None,
+    stack: Tensor | None = None,
 ) -> tuple[bool, bool]:
     """The merged values, rounded once to `out`'s dtype (float32, bfloat16 or float16).
+
+    Args:
+        stored: with `how.ranked` it must hold whole rows, and its pieces too.
+        stack: float32, room for the rows of one piece; needed with `how.ranked`.
 
     Returns:
         Whether the base is finite (looked at where squares are wanted), and whether every result is.
     """
     library, level = _library()
-    tile, plan = _tile(stored), _plan(how, stored, out)
+    tile, plan = _tile(stored), _plan(how, stored, out, stack)
     bad = library.tv_merge(
         level,
         ctypes.byref(tile),
@@ -400,7 +451,8 @@ def merge(
         out.data_ptr(),
         None if squares is None else squares.ctypes.data,
     )
-    return not bad & 1, not bad & 2
+    _checked(bad, stored)
+    return not bad & _NOT_FINITE, not bad & _OVERFLOWN
 
 
 def _tile(stored: Stored) -> Any:
@@ -415,17 +467,23 @@ def _struct_of(stored: Stored) -> _Tile:
     kinds = (c_int32 * count)(*[0 if row is None else _KINDS[row.dtype] for row in stored.rows])
     relations = (c_int32 * count)(*stored.relations)
     base = stored.base
+    files = None if stored.files is None else ctypes.pointer(stored.files.struct())
     return _Tile(
-        count, 0 if base is None else _KINDS[base.dtype], stored.count, rows, kinds, relations,
+        count, 0 if base is None else _KINDS[base.dtype], stored.count, stored.chunks, files, rows, kinds, relations,
         None if base is None else base.data_ptr(),
     )  # fmt: skip
 
 
-def _plan(how: Combination, stored: Stored, out: Tensor) -> Any:
+def _plan(how: Combination, stored: Stored, out: Tensor, stack: Tensor | None) -> Any:
     plan: Any = how._kept[0] if how._kept else None
     if plan is not None and how._kept[1] == out.dtype:
         plan.position = stored.start & 0xFFFFFFFF
         return plan
+    ranked, spare = None, None
+    if how.ranked:
+        assert stack is not None
+        spare = torch.empty(6 * (how.width + 16), dtype=torch.int32)
+        ranked = ctypes.pointer(_ranked_struct(how, stack, spare))
     steps = (_Step * max(1, len(how.steps)))()
     for place, step in enumerate(how.steps):
         steps[place] = _Step(
@@ -439,10 +497,22 @@ def _plan(how: Combination, stored: Stored, out: Tensor) -> Any:
         how.onto_base, _KINDS[out.dtype], how.divisor or 0.0, how.factor or 0.0, how.scale or 0.0,
         how.factor is not None, stored.start & 0xFFFFFFFF, how.least,
         (c_int32 * len(how.keeps))(*map(int, how.keeps)), _floats(how.low), _floats(how.high), _floats(how.cut),
-        _floats(how.top),
+        _floats(how.top), ranked,
     )  # fmt: skip
-    how._kept[:] = [plan, out.dtype]
+    how._kept[:] = [plan, out.dtype, stack, spare]
     return plan
+
+
+def _ranked_struct(how: Combination, stack: Tensor, spare: Tensor) -> _Ranked:
+    alone = Ranked((0, 1), 0.0, 0.0, False)
+    given = [ranked or alone for ranked in how.ranked]
+    count = len(given)
+    return _Ranked(
+        how.width, (c_int32 * count)(*(ranked is not None for ranked in how.ranked)),
+        (c_int32 * count)(*(ranked.rescale for ranked in given)), (c_uint32 * count)(*(r.keys[0] for r in given)),
+        (c_uint32 * count)(*(r.keys[1] for r in given)), _floats([r.slope for r in given]),
+        _floats([r.least for r in given]), stack.data_ptr(), spare.data_ptr(),
+    )  # fmt: skip
 
 
 def _floats(values: Sequence[float]) -> Any:

@@ -80,7 +80,6 @@ static inline void NAME(row)(const tv_tile *tile, int task, int64_t at, int coun
 }
 
 static int NAME(load)(const tv_tile *tile, float *stack, int64_t stride, float *base, double *squares) {
-    int64_t chunks = (tile->count + CHUNK - 1) / CHUNK;
     float own[BLOCK];
     int bad = 0;
     for (int64_t at = 0; at < tile->count; at += BLOCK) {
@@ -93,7 +92,7 @@ static int NAME(load)(const tv_tile *tile, float *stack, int64_t stride, float *
         for (int task = 0; task < tile->tasks; task++) {
             float *to = stack + task * stride + at;
             NAME(row)(tile, task, at, count, wide, to);
-            if (squares) squares[task * chunks + at / CHUNK] += NAME(squares)(to, count);
+            if (squares) squares[task * tile->chunks + at / CHUNK] += NAME(squares)(to, count);
         }
     }
     return bad;
@@ -222,7 +221,6 @@ static inline void NAME(variance)(float (*rows)[BLOCK], int tasks, int count, fl
 /* All rows of one block, and their squares. */
 static inline int NAME(block)(const tv_tile *tile, int64_t at, int count, float *base, float (*rows)[BLOCK],
                               double *squares) {
-    int64_t chunks = (tile->count + CHUNK - 1) / CHUNK;
     int bad = 0;
     if (tile->base) {
         NAME(widen)(tile->base, tile->base_kind, at, count, base);
@@ -230,7 +228,7 @@ static inline int NAME(block)(const tv_tile *tile, int64_t at, int count, float 
     }
     for (int task = 0; task < tile->tasks; task++) {
         NAME(row)(tile, task, at, count, base, rows[task]);
-        if (squares) squares[task * chunks + at / CHUNK] += NAME(squares)(rows[task], count);
+        if (squares) squares[task * tile->chunks + at / CHUNK] += NAME(squares)(rows[task], count);
     }
     return bad;
 }
@@ -384,24 +382,126 @@ static inline void NAME(prepare)(const tv_merge_plan *plan, int task, uint32_t p
     }
 }
 
-/* DELLA: entries of each row are kept with a probability linear in the rank of their magnitude, and divided by it. */
+/* The entries of a row that are not zero, side by side, and where they were. Returns how many. Room for 16 more. */
+static inline int NAME(nonzero)(const uint32_t *row, int width, uint32_t *restrict bits, uint32_t *restrict where) {
+    int count = 0, i = 0;
+#if AVX512
+    const __m512i size = _mm512_set1_epi32(0x7fffffff), step = _mm512_set1_epi32(16);
+    __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (; i + 16 <= width; i += 16) {
+        __m512i x = _mm512_loadu_si512(row + i);
+        __mmask16 there = _mm512_test_epi32_mask(x, size);
+        _mm512_storeu_si512(bits + count, _mm512_maskz_compress_epi32(there, x));
+        _mm512_storeu_si512(where + count, _mm512_maskz_compress_epi32(there, at));
+        count += __builtin_popcount(there);
+        at = _mm512_add_epi32(at, step);
+    }
+#endif
+    for (; i < width; i++) {
+        bits[count] = row[i];
+        where[count] = (uint32_t)i;
+        count += (row[i] & 0x7fffffffu) != 0;
+    }
+    return count;
+}
+
+/* How many of a list are below `size`, and how many equal to it. The list may be read 16 beyond its end. */
+static inline void NAME(compared)(const uint32_t *list, int count, uint32_t size, int *below, int *equal) {
+    int less = 0, same = 0;
+#if AVX512
+    const __m512i x = _mm512_set1_epi32((int)size);
+    for (int i = 0; i < count; i += 16) {
+        __mmask16 there = (__mmask16)_bzhi_u32(0xffff, (uint32_t)(count - i < 16 ? count - i : 16));
+        __m512i y = _mm512_loadu_si512(list + i);
+        less += __builtin_popcount(_mm512_mask_cmplt_epu32_mask(there, y, x));
+        same += __builtin_popcount(_mm512_mask_cmpeq_epu32_mask(there, y, x));
+    }
+#else
+    for (int i = 0; i < count; i++) {
+        less += list[i] < size;
+        same += list[i] == size;
+    }
+#endif
+    *below = less, *equal = same;
+}
+
+/* DELLA: entries of each row are kept with a probability linear in the rank of their magnitude, and divided by it. Equal
+   ones share their mean rank. Zeros, often most of a row in half precision, come first and stay what they are; the others
+   go into about as many buckets as there are of them, most of these over the uppermost 8 powers of two, and are compared
+   there. */
 static void NAME(rank_drop)(float *values, int64_t rows, int width, uint32_t position, uint32_t add, uint32_t multiply,
-                            float slope, float least, int rescale, uint64_t *keys, uint64_t *ordered, float *ranks) {
+                            float slope, float least, int rescale, uint32_t *spare) {
+    const int64_t room = width + 16;
+    uint32_t *restrict bits = spare, *restrict where = spare + room, *restrict bucket = spare + 2 * room;
+    uint32_t *restrict slot = spare + 3 * room, *restrict ordered = spare + 4 * room;
+    float *restrict ranks = (float *)(spare + 5 * room);
+    int first[MOST_BUCKETS + 1];
     for (int64_t row = 0; row < rows; row++, values += width, position += (uint32_t)width) {
-        tv_rank((const uint32_t *)values, width, keys, ordered, ranks);
-        for (int i = 0; i < width; i++) ranks[i] = ranks[i] * slope + least;
-        for (int i = 0; i < width; i++) {
-            uint32_t x = ((uint32_t)i + (position + add)) * multiply;
+        const int count = NAME(nonzero)((const uint32_t *)values, width, bits, where), zeros = width - count;
+        if (count == 0) continue;
+        uint32_t largest = 0, smallest = 0x7fffffffu;
+        for (int i = 0; i < count; i++) {
+            uint32_t size = bits[i] & 0x7fffffffu;
+            largest = size > largest ? size : largest;
+            smallest = size < smallest ? size : smallest;
+        }
+        int log = 32 - __builtin_clz((uint32_t)count);
+        log = log < 4 ? 4 : log > LOG ? LOG : log;
+        const uint32_t floor = largest - smallest >= (1u << 26) ? largest - (1u << 26) + 1 : smallest;
+        const int fine = 26 - log, wide = 32 - __builtin_clz((floor - smallest) | 1u);
+        const int coarse = wide > log - 2 ? wide - (log - 2) : 0, few = (int)((floor - smallest) >> coarse) + 1;
+        const int buckets = few + (int)((largest - floor) >> fine) + 1;
+        for (int i = 0; i < count; i++) {
+            uint32_t size = bits[i] & 0x7fffffffu;
+            uint32_t high = (uint32_t)few + ((size - floor) >> fine), low = (size - smallest) >> coarse;
+            bucket[i] = size > floor ? high : low;
+        }
+        memset(first, 0, (size_t)(buckets + 1) * sizeof(int));
+        for (int i = 0; i < count; i++) slot[i] = (uint32_t)first[bucket[i]]++;
+        int most = 0;
+        for (int b = 0, before = 0; b <= buckets; b++) {
+            int held = first[b];
+            most = held > most ? held : most;
+            first[b] = before;
+            before += held;
+        }
+        for (int i = 0; i < count; i++) ordered[(uint32_t)first[bucket[i]] + slot[i]] = bits[i] & 0x7fffffffu;
+        if (most > FEW)
+            for (int b = 0; b < buckets; b++) {
+                int held = first[b + 1] - first[b], sorted = 1;
+                if (held <= FEW) continue;
+                uint32_t *list = ordered + first[b];
+                for (int i = 1; i < held; i++) sorted &= list[i - 1] <= list[i]; /* as equal ones are */
+                if (!sorted) sort_sizes(list, held, slot);
+            }
+        for (int i = 0; i < count; i++) {
+            const uint32_t size = bits[i] & 0x7fffffffu;
+            const int from = first[bucket[i]], held = first[bucket[i] + 1] - from;
+            const uint32_t *list = ordered + from;
+            int below = 0, equal = held;
+            if (held <= FEW) {
+                NAME(compared)(list, held, size, &below, &equal);
+            } else if (list[0] != list[held - 1]) {
+                below = below_in(list, held, size, 0);
+                equal = below_in(list, held, size, 1) - below;
+            }
+            ranks[i] = (float)(2 * (zeros + from + below) + equal - 1) * 0.5f;
+        }
+        float *restrict kept = (float *)bits;
+        for (int i = 0; i < count; i++) {
+            uint32_t x = (where[i] + (position + add)) * multiply;
             x ^= x >> 16;
             x *= 0x7feb352du;
             x ^= x >> 15;
             x *= 0x846ca68bu;
             x ^= x >> 16;
             float drawn = ((float)(int32_t)(x >> 9) + 0.5f) * 1.1920928955078125e-7f;
-            values[i] *= drawn < ranks[i] ? 1.0f : 0.0f;
+            ranks[i] = ranks[i] * slope + least;
+            kept[i] *= drawn < ranks[i] ? 1.0f : 0.0f;
         }
         if (rescale)
-            for (int i = 0; i < width; i++) values[i] /= ranks[i];
+            for (int i = 0; i < count; i++) kept[i] /= ranks[i];
+        for (int i = 0; i < count; i++) values[where[i]] = kept[i];
     }
 }
 
@@ -512,7 +612,6 @@ static inline void NAME(pcb)(const tv_merge_plan *plan, int tasks, int count, fl
 }
 
 static int NAME(merge)(const tv_tile *tile, const tv_merge_plan *plan, void *out, double *squares) {
-    int64_t chunks = (tile->count + CHUNK - 1) / CHUNK;
     float base[BLOCK], total[BLOCK], sign[BLOCK], below[BLOCK];
     float rows[MOST_TASKS][BLOCK]; /* only those of this merge's tasks are touched */
     const int sum = plan->combine == WEIGHTED_SUM;
@@ -527,7 +626,7 @@ static int NAME(merge)(const tv_tile *tile, const tv_merge_plan *plan, void *out
             float *restrict values = rows[sum ? 0 : task];
             const float weight = plan->weights[task];
             NAME(row)(tile, task, at, count, base, values);
-            if (squares) squares[task * chunks + at / CHUNK] += NAME(squares)(values, count);
+            if (squares) squares[task * tile->chunks + at / CHUNK] += NAME(squares)(values, count);
             NAME(prepare)(plan, task, plan->position + (uint32_t)at, values, count);
             if (plan->combine == PCB || plan->combine == SCE) continue;
             if (task == 0)

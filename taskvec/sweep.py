@@ -35,6 +35,7 @@ from taskvec.source import TensorSource
 TILE = 1 << 19  # elements a task: with smaller ones threads wait for each other between calls, larger ones gain nothing
 TILE_RESIDENT = 1 << 24  # on a GPU launches cost more than cache misses
 PIECES = 5 << 18  # bytes of all inputs that a compiled pass takes at a time: they stay in the second-level cache
+SPAN = 1 << 20  # elements of a partial result: what it keeps of them is small, and between two of them little is done
 SAMPLE_BLOCK = 256
 
 Role = Literal["preprocess", "combine", "postprocess"]
@@ -579,11 +580,8 @@ class _Sweep:
 
             def work(stored: Stored, squares: Any) -> None:
                 nonlocal first
-                given, known = stored, squares
-                if how.ranked:
-                    stack = self._room(self._piece(how.width)).stack[: len(self.deltas.tasks) * stored.count]
-                    given, known = native.dropped(stored, how, stack.view(-1, stored.count), squares), None
-                base_finite, finite = native.merge(given, how, out[stored.start - first :], known)
+                stack = self._room(self._piece(how.width)).stack if how.ranked else None
+                base_finite, finite = native.merge(stored, how, out[stored.start - first :], squares, stack)
                 if squares is not None:
                     self._take_squares(stored, squares, base_finite)
                 if into is not None:
@@ -598,7 +596,7 @@ class _Sweep:
 
         if into is not None and not all(self._fits_into(place) for place in into.places.values()):
             return False
-        self._stored_pass(begin, self._finish_tile, "merging", width)
+        self._stored_pass(begin, self._finish_tile, "merging", width, SEGMENT)
         return True
 
     def _say_what_is_wrong(self, name: str, stored: Stored) -> None:
@@ -642,6 +640,7 @@ class _Sweep:
         eager: Callable[[Tile], None],
         label: str,
         width: Callable[[str], int] = lambda name: 1,
+        span: int = SPAN,
     ) -> None:
         """One pass that hands out tiles as they are stored, with room for their squares where these are not known yet.
 
@@ -650,6 +649,7 @@ class _Sweep:
             eager: the work on tiles, for that and for what compiled code cannot read (float64, float8).
             label: what to call it.
             width: elements of a tensor that must stay together.
+            span: about how many elements one call of the work is for, where compiled code reads them itself.
         """
         self.outcome.passes += 1
         first = not self._read_once
@@ -664,10 +664,9 @@ class _Sweep:
                 for tile in self._tiles(name, start, stop, first):
                     eager(tile)
                 return
-            watch = _Watch(self, name, start // SEGMENT) if first and not self.resident else None
-            size = self._piece(width(name))
-            room = None if self.resident else self._room(size)
-            for stored in source.pieces(name, start, stop, size, watch, room):
+            hashes = first and not self.resident and not source.hashed(name)
+            watch = _Watch(self, name, start // SEGMENT) if hashes else None
+            for stored in self._stored(name, start, stop, self._piece(width(name)), span, watch):
                 if self._stop.is_set():
                     return
                 work(stored, stored.squares() if first else None)
@@ -676,6 +675,23 @@ class _Sweep:
 
         self._parallel(self._items(), item, label)
         self._read_once = True
+
+    def _stored(
+        self, name: str, start: int, stop: int, size: int, span: int, watch: "_Watch | None"
+    ) -> Iterator[Stored]:
+        """Tiles as they are stored: large ones that are read meanwhile, or what was read, `size` elements at a time."""
+        source: Any = self._within()
+        room = None if self.resident else self._room(size)
+        if room is not None and watch is None:
+            step = -(-span // size) * size
+            for begin in range(start, stop, step):
+                stored = source.streamed(name, begin, min(begin + step, stop), size, room)
+                if stored is None:
+                    break
+                yield stored
+            else:
+                return
+        yield from source.pieces(name, start, stop, size, watch, room)
 
     def _compiled_fold(self, fold: Fold) -> "Callable[[Stored, Any], tuple[Any, bool]] | None":
         """A fold's partial result from a tile as it is stored, and whether its base is finite; None: not known here."""

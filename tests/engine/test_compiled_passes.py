@@ -1,5 +1,7 @@
 """The compiled passes give the bits of their eager twins: for every method they know, dtype, length and instruction set."""
 
+import json
+import os
 import platform
 import shutil
 from pathlib import Path
@@ -8,7 +10,9 @@ import pytest
 import torch
 
 from merging import Recipe, merge, merge_stacks
-from taskvec import Checkpoint, native, write
+from taskvec import Checkpoint, native, sweep, write
+from taskvec.deltas import ModelDeltas, Room, Task
+from taskvec.errors import ChangedFileError
 
 compiled = pytest.mark.skipif(not native.usable(), reason="no compiled passes here (no compiler, or no AVX2)")
 
@@ -85,6 +89,8 @@ def merged(zoo: Path, given: dict, out: Path) -> dict[str, torch.Tensor]:
 def test_a_merge_on_disk_has_the_bits_of_the_eager_form(name, level, zoo, tmp_path, monkeypatch):
     library = native._library()[0]
     monkeypatch.setattr(native, "_library", lambda: (library, level))
+    monkeypatch.setattr(sweep, "PIECES", 1)  # several pieces in the largest tensor
+    monkeypatch.setattr(ModelDeltas, "hashed", lambda self, name: level == LEVELS[-1])  # read by us, or by the pass
     ours = merged(zoo, RECIPES[name], tmp_path / "compiled")
     monkeypatch.setattr(native, "usable", lambda: False)
     eager = merged(zoo, RECIPES[name], tmp_path / "eager")
@@ -92,6 +98,28 @@ def test_a_merge_on_disk_has_the_bits_of_the_eager_form(name, level, zoo, tmp_pa
     for tensor in ours:
         assert torch.equal(ours[tensor].view(torch.int32), eager[tensor].view(torch.int32)), tensor
     shutil.rmtree(tmp_path)
+
+
+@compiled
+@pytest.mark.parametrize("name", ["average", "ties by tensor, summed", "della, then ties", "model stock", "sce"])
+def test_norms_and_statistics_do_not_depend_on_who_reads(name, zoo, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "PIECES", 1)
+    merged(zoo, RECIPES[name], tmp_path / "out")
+    told = json.loads((tmp_path / "out" / "taskvec.json").read_text())
+    monkeypatch.setattr(ModelDeltas, "hashed", lambda self, name: True)
+    merged(zoo, RECIPES[name], tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "taskvec.json").read_text()) == told
+
+
+@compiled
+def test_a_file_that_shrinks_while_a_pass_reads_it_is_named(tmp_path):
+    write(Checkpoint.open({"w": torch.randn(200_000)}), tmp_path / "a.safetensors")
+    source = Checkpoint.open(tmp_path / "a.safetensors")
+    deltas = ModelDeltas(None, [Task("a", source)], ["w"], space="weight")
+    stored = deltas.streamed("w", 0, 200_000, native.CHUNK, Room.of(1, native.CHUNK))
+    os.truncate(tmp_path / "a.safetensors", 400_000)
+    with pytest.raises(ChangedFileError, match=r"a\.safetensors: the file became shorter"):
+        native.gram(stored)
 
 
 @compiled
@@ -125,8 +153,11 @@ def test_scores_are_those_of_double_precision():
 
 
 @compiled
-@pytest.mark.parametrize("kind", ["few", "many", "zeros", "spread", "huge"])
-def test_ranks_of_any_row_are_those_of_a_stable_sort(kind, monkeypatch):
+@pytest.mark.parametrize("kind", ["few", "many", "zeros", "spread", "huge", "near"])
+@pytest.mark.parametrize("level", LEVELS)
+def test_ranks_of_any_row_are_those_of_a_stable_sort(kind, level, monkeypatch):
+    library = native._library()[0]
+    monkeypatch.setattr(native, "_library", lambda: (library, level))
     drawn = torch.Generator().manual_seed(11)
     row = torch.randn(3, 3001, generator=drawn)
     row = {
@@ -135,6 +166,7 @@ def test_ranks_of_any_row_are_those_of_a_stable_sort(kind, monkeypatch):
         "zeros": row * (row.abs() > 1.5),
         "spread": row * 10 ** (row.roll(1) * 8).clamp(-30, 30),
         "huge": row * 1e37,
+        "near": (row * 2.0**20).round().add_(2.0**30),  # many that differ, few powers of two
     }[kind]
     given = {"density": 0.5, "epsilon": 0.4}
     ours = merge_stacks("della", {"w": row[:2, None]}, **given)
