@@ -144,7 +144,7 @@ def _merged(
         fingerprint=_fingerprint(assembly),
         resume=run.resume,
         notice=run.notice,
-        cached=cached,
+        cached=cached or assembly.recipe.device != "cpu",  # there no core waits for the page cache
     ) as writer:
         known = ahead.found()
         for _, source in assembly.sources():
