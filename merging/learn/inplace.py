@@ -106,10 +106,14 @@ class PullBack:
         def hook(parameter: Tensor) -> None:
             grad = parameter.grad
             parameter.grad = None
-            if grad is not None:
-                self.count += 1
+            if grad is None:
+                return
+            self.count += 1
+            if torch.is_grad_enabled():  # only while a graph of the backward pass is made
                 with torch.no_grad():
                     self._consume(name, grad)
+            else:
+                self._consume(name, grad)
 
         return hook
 
