@@ -321,6 +321,65 @@ static inline double NAME(dot)(const float *restrict a, const float *restrict b,
     return total;
 }
 
+#if AVX512
+/* The same sums for all pairs of a few rows at once, each row widened once: the registers hold no more than 4 rows' pairs. */
+__attribute__((always_inline)) static inline void NAME(dots_of)(float (*rows)[BLOCK], const int tasks, int count,
+                                                                double *to) {
+    __m512d sums[10][2];
+    double lane[16];
+    int i = 0;
+#pragma GCC unroll 10
+    for (int p = 0; p < tasks * (tasks + 1) / 2; p++) sums[p][0] = sums[p][1] = _mm512_setzero_pd();
+    for (; i + 16 <= count; i += 16) {
+        __m512d wide[4][2];
+#pragma GCC unroll 4
+        for (int a = 0; a < tasks; a++) {
+            wide[a][0] = _mm512_cvtps_pd(_mm256_loadu_ps(rows[a] + i));
+            wide[a][1] = _mm512_cvtps_pd(_mm256_loadu_ps(rows[a] + i + 8));
+        }
+#pragma GCC unroll 4
+        for (int a = 0; a < tasks; a++)
+#pragma GCC unroll 4
+            for (int b = 0; b <= a; b++) {
+                const int p = a * (a + 1) / 2 + b;
+                sums[p][0] = _mm512_fmadd_pd(wide[a][0], wide[b][0], sums[p][0]);
+                sums[p][1] = _mm512_fmadd_pd(wide[a][1], wide[b][1], sums[p][1]);
+            }
+    }
+#pragma GCC unroll 4
+    for (int a = 0; a < tasks; a++)
+#pragma GCC unroll 4
+        for (int b = 0; b <= a; b++) {
+            const int p = a * (a + 1) / 2 + b;
+            double total = 0;
+            _mm512_storeu_pd(lane, sums[p][0]), _mm512_storeu_pd(lane + 8, sums[p][1]);
+            for (int j = 0; j < 16; j++) total += lane[j];
+            for (int j = i; j < count; j++) total += (double)rows[a][j] * rows[b][j];
+            to[a * tasks + b] += total;
+        }
+}
+#endif
+
+/* The lower triangle of the rows' inner products, [task, task], added to `to`. */
+static inline void NAME(dots)(float (*rows)[BLOCK], int tasks, int count, double *to) {
+#if AVX512
+    if (tasks == 2) {
+        NAME(dots_of)(rows, 2, count, to);
+        return;
+    }
+    if (tasks == 3) {
+        NAME(dots_of)(rows, 3, count, to);
+        return;
+    }
+    if (tasks == 4) {
+        NAME(dots_of)(rows, 4, count, to);
+        return;
+    }
+#endif
+    for (int a = 0; a < tasks; a++)
+        for (int b = 0; b <= a; b++) to[a * tasks + b] += NAME(dot)(rows[a], rows[b], count);
+}
+
 static int NAME(gram)(const tv_tile *tile, int what, float least, double *products, double *squares) {
     float base[BLOCK], total[BLOCK], kept[BLOCK], rows[MOST_TASKS][BLOCK];
     const int tasks = tile->tasks;
@@ -333,9 +392,7 @@ static int NAME(gram)(const tv_tile *tile, int what, float least, double *produc
             double *to = products + at / CHUNK * tasks;
             for (int a = 0; a < tasks; a++) to[a] += NAME(dot)(rows[a], rows[a], count);
         } else {
-            double *to = products + at / CHUNK * tasks * tasks;
-            for (int a = 0; a < tasks; a++)
-                for (int b = 0; b <= a; b++) to[a * tasks + b] += NAME(dot)(rows[a], rows[b], count);
+            NAME(dots)(rows, tasks, count, products + at / CHUNK * tasks * tasks);
         }
     }
     return bad;

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from merging.commands.output import json_option, print_json, print_table, progress_bar, say
+from merging.commands.output import json_option, print_json, print_table, progress_bar, say, uncollected
 from taskvec import ahead
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def _parameters(given: tuple[str, ...]) -> dict[str, Any]:
     """`density=0.1` and `density=[0.1,0.2]` as YAML values."""
     from ruamel.yaml import YAML
 
-    from merging.recipe import plain
+    from merging.settings import plain
 
     found: dict[str, Any] = {}
     for item in given:
@@ -213,7 +213,8 @@ def merge_command(
     if out_adapter is not None:
         _write_adapter(recipe, out, out_adapter, other, overwrite=overwrite, as_json=as_json)
         return
-    from merging.streamed import merge
+    with uncollected():
+        from merging.streamed import merge
 
     with progress_bar() as progress:
         merged = merge(recipe, out, overwrite=overwrite, resume=resume, progress=progress, notice=say)

@@ -1,5 +1,6 @@
 """How commands speak: tables and JSON on stdout, progress and messages on stderr."""
 
+import gc
 import json
 import sys
 import threading
@@ -114,6 +115,23 @@ def _plain_lines(unit_bytes: int) -> "Callable[[Progress], None]":
         say(f"pass {event.step}, {event.label}: {share:.0%}, {speed / 1e6:.0f} MB/s, {left:.0f} s left")
 
     return update
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Imports without a search for garbage, of which they make none: 0.1 s less of a start with torch.
+
+    What was imported is not looked at again either; it stays to the end.
+    """
+    if "torch" in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        gc.enable()
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
