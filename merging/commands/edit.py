@@ -124,8 +124,8 @@ def stealth(
     elif changing:
         _write_edited(model, listed, out, overwrite, options["dtype"])
     _print_edits([one.summary() for one in listed], as_json, _reasons(listed))
-    if not changing and not file_only:
-        click.echo("Every answer is right already; nothing was written.", err=True)
+    if not file_only:
+        _say_if_unchanged(changing)
 
 
 @edit.command()
@@ -148,12 +148,16 @@ def auto(model: str, out: str, edits: str, as_json: bool, overwrite: bool, **opt
     loaded, tokenizer, common = _prepared(model, options)
     made = edit_auto(loaded, requests, tokenizer, **common)
     if isinstance(made, JetPack):
-        made.save(out)
+        if made.entries:
+            made.save(out)
         _print_edits(_pack_rows(made), as_json, made.why)
+        _say_if_unchanged(made.entries)
         return
-    if any(not one.changes_nothing for one in made):
+    changing = [one for one in made if not one.changes_nothing]
+    if changing:
         _write_edited(model, made, out, overwrite, options["dtype"])
     _print_edits([one.summary() for one in made], as_json, _reasons(made))
+    _say_if_unchanged(changing)
 
 
 @edit.command()
@@ -181,11 +185,12 @@ def jetpack(model: str, out: str, fold: bool, edits: str, as_json: bool, overwri
     if options["response"] is not None:
         common["response"] = options["response"]
     pack = JetPack.fit(loaded, requests, tokenizer, to_fold=fold, **common)
-    if fold:
+    if fold and pack.entries:
         apply_edits(model, pack.fold(loaded), out, overwrite=overwrite)
-    else:
+    elif pack.entries:
         pack.save(out)
     _print_edits(_pack_rows(pack), as_json, pack.why)
+    _say_if_unchanged(pack.entries)
 
 
 @edit.command("list")
@@ -397,6 +402,11 @@ def _pack_rows(pack: Any) -> list[dict[str, Any]]:
         {"prompt": entry.prompt, "target": entry.target, "note": "The model gives this answer already.", "measured": {}}
         for entry in pack.skipped
     ]
+
+
+def _say_if_unchanged(changing: Sequence[Any]) -> None:
+    if not changing:
+        click.echo("Every answer is right already; nothing was written.", err=True)
 
 
 def _reasons(edits: Sequence[Any]) -> Sequence[str]:

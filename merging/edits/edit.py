@@ -281,6 +281,14 @@ def save_edits(edits: Sequence[Edit], path: str | PathLike[str]) -> None:
     partial.replace(path)
 
 
+def _check_no_jetpack(path: str | PathLike[str]) -> None:
+    if (Path(path) / "jetpack.json").is_file():
+        raise EditError(
+            f"{path}: a jet-pack, which changes no weights. It is attached to a model (`JetPack.load(folder).attach(model)`), or made "
+            "anew as plain neurons with `taskvec edit jetpack --fold`."
+        )
+
+
 def load_edits(path: str | PathLike[str]) -> list[Edit]:
     """Reads the edits of a file, or those that an edited checkpoint's folder carries.
 
@@ -295,6 +303,7 @@ def load_edits(path: str | PathLike[str]) -> list[Edit]:
     if file.is_dir():
         file = file / RECORD
         if not file.is_file():
+            _check_no_jetpack(path)
             raise NotFoundError(f"{path}: carries no edits (no {RECORD} in the folder).")
     if not file.is_file():
         raise NotFoundError(f"{path}: no such file. A file that `edit stealth` wrote is needed.")
@@ -619,12 +628,27 @@ def apply_edits(
     if not active:
         raise EditError("None of the edits changes anything; there is nothing to write.")
     base: TensorSource = source
+    again = [edit for edit in active if any(_is_same(edit, other) for other in present)]
+    if again:
+        raise EditError(f"{checkpoint}: carries the edit for {again[0].prompt!r} already.")
     if present and {edit.base_hash for edit in present} == {edit.base_hash for edit in active}:
         # made beside those that are in there already: compose from the base
         check_compatible([*present, *active])
         base = EditedSource(source, present, undo=True)
         return _write(source, EditedSource(base, [*present, *active]), [*present, *chosen], out, overwrite)
     return _write(source, EditedSource(base, active), [*present, *chosen], out, overwrite)
+
+
+def _is_same(one: Edit, other: Edit) -> bool:
+    """Whether two edits write the same values to the same places of the same base."""
+    return (
+        one.base_hash == other.base_hash
+        and len(one.patches) == len(other.patches)
+        and all(
+            p.place() == q.place() and p.new.dtype == q.new.dtype and torch.equal(p.new, q.new)
+            for p, q in zip(one.patches, other.patches)
+        )
+    )
 
 
 def undo_edits(
@@ -649,6 +673,8 @@ def undo_edits(
         BaseMismatchError: the places no longer hold what the edit wrote.
     """
     present = record_of(checkpoint)
+    if edits is None and not present:
+        _check_no_jetpack(checkpoint)
     if edits is not None:
         present = load_edits(edits) if isinstance(edits, str | PathLike) else list(edits)
     if not present:

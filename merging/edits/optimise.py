@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from merging.edits.features import check_finite
 from merging.edits.site import Site, evaluating
 from taskvec.errors import EditError
 
@@ -374,6 +375,7 @@ def removal_effects(
         try:
             with frozen(model), torch.enable_grad():
                 scores = F.log_softmax(logits_of(model, ids)[valid].float(), dim=-1)
+                check_finite(scores.detach(), "logits on the corpus")
                 drawn = torch.multinomial(scores.detach().exp().cpu(), 1, generator=generator).to(device)
                 hidden, leaf = seen.pop()
                 (gradient,) = torch.autograd.grad(scores.gather(1, drawn).sum(), leaf)
@@ -489,6 +491,11 @@ def losses(model: nn.Module, sequences: Sequence[Sequence_], *, batch: int = 16)
             for row, index in enumerate(chosen):
                 sequence = sequences[index]
                 scores = logits[row, list(sequence.answers)].float()
+                if bool(scores.isnan().any()):
+                    raise EditError(
+                        f"The model's logits are NaN behind token {len(sequence.prompt)} of a prompt: it is damaged, or overflows "
+                        "its dtype. No edit was made."
+                    )
                 wanted = torch.tensor(sequence.target, device=device)
                 picked = F.log_softmax(scores, dim=-1).gather(1, wanted[:, None])
                 found[index] = float(-picked.mean()), bool((scores.argmax(dim=-1) == wanted).all())

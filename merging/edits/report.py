@@ -20,7 +20,9 @@ from merging.edits.edit import Edit, Patch, apply_to_model, check_compatible, un
 from merging.edits.optimise import Sequence_, device_of, logits_of, padded
 from merging.edits.site import Site, evaluating
 from merging.edits.stealth import Requests, Text
-from taskvec.errors import EditError
+from taskvec.checkpoint import content_hash
+from taskvec.errors import BaseMismatchError, EditError
+from taskvec.source import in_memory
 
 if TYPE_CHECKING:
     from merging.edits.jetpack import JetPack
@@ -171,6 +173,7 @@ def check(
     batch: int = 16,
     length: int = 256,
     continuations: Sequence[tuple[int, ...]] | None = None,
+    verify: bool = True,
 ) -> Report:
     """Measures edits of one layer, all at once, on their base model; the model is as before afterwards.
 
@@ -188,6 +191,11 @@ def check(
         batch: sequences at a time.
         length: longest piece of text, in tokens.
         continuations: the base's greedy continuations of prompts and neighbours, if an earlier check found them.
+        verify: compare the model's content hash with that of the edits' base.
+
+    Raises:
+        BaseMismatchError: the edits were made from another model, or from another dtype of it.
+        EditError: no edits, edits of several layers, or conflicts among them.
     """
     from merging.edits.dimension import rate_bound
 
@@ -195,6 +203,8 @@ def check(
     listed = list(edits) if isinstance(edits, Sequence) else None
     if listed is not None and not listed:
         raise EditError("check: no edits were given.")
+    if verify:
+        _check_base(model, [edits.base_hash] if listed is None else [e.base_hash for e in listed])  # type: ignore[union-attr]
     ids = [stealth.prompt_ids(tokenizer, p, chat=chat) for p in prompts]
     near = [stealth.prompt_ids(tokenizer, p, chat=chat) for p in neighbours]
     pieces = stealth.corpus_ids(tokenizer, text, length=length)
@@ -301,6 +311,20 @@ def check(
         seconds=optimise.seconds_since(began),
         notes=notes,
     )
+
+
+def _check_base(model: nn.Module, bases: Sequence[str]) -> None:
+    # a jet-pack made from features alone names no base
+    wanted = sorted({base for base in bases if base})
+    if not wanted:
+        return
+    found = content_hash(in_memory(model))
+    other = next((base for base in wanted if base != found), None)
+    if other is not None:
+        raise BaseMismatchError(
+            f"check: the edits were made from another base (content hash {other[:12]}…; this model has {found[:12]}…). Give the model "
+            "that was edited, in the dtype the edits were made for."
+        )
 
 
 def _largest_before(moved: torch.Tensor, fired: torch.Tensor) -> float:

@@ -338,7 +338,16 @@ class Background:
         return cls(torch.cat(found), first)
 
     def centroid(self, sphere: Sphere) -> Annotated[Tensor, "d"]:
-        """Mean of the features on the sphere, first positions left out (they are all one vector)."""
+        """Mean of the features on the sphere, first positions left out (they are all one vector).
+
+        Raises:
+            EditError: there is nothing but first positions.
+        """
+        if bool(self.first.all()):
+            raise EditError(
+                f"corpus: {len(self.first)} tokens, none of them behind another: too few to find the centre of the features. Give "
+                "some hundreds of words of other text."
+            )
         return sphere.double().project(self.features[~self.first].double()).mean(dim=0)
 
 
@@ -866,6 +875,14 @@ class _Session:
             kinds = (simple, "contrast") if learned else (simple,)
         if kinds[0] != "affine" and not has_corpus:
             raise EditError(f"detector {kinds[0]!r} needs a corpus of other texts; give `corpus`.")
+        if "surrogate" in kinds and self.background is not None:
+            # siblings and prompts would make up the number, but not stand for text
+            distinct = len(torch.unique(self.background.features, dim=0))
+            if distinct < site.width:
+                raise EditError(
+                    f"Too few features for a surrogate bias: the corpus has {distinct} distinct ones, at least {site.width} (the model's "
+                    "width) are needed and several times as many are better. Give a longer corpus."
+                )
         return kinds
 
     @property
@@ -1048,7 +1065,9 @@ class _Session:
             free = self._least_missed(count)
         else:
             known = ("auto", "quietest", "least-used", "least-missed")
-            raise EditError(f"neuron: {self.neuron!r} is not known." + did_you_mean(self.neuron, known))
+            raise EditError(
+                f"neuron: {self.neuron!r} is not known." + did_you_mean(self.neuron, known) + " An index is fine too."
+            )
         if len(free) < count:
             raise EditError(f"{count} neurons are wanted, but the layer has only {len(free)}.")
         taken = iter(free)
