@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from merging.recipe import Recipe, parsed_documents, plain
+from merging.recipe import Recipe
+from merging.settings import parsed_documents, plain
 from taskvec.errors import RecipeError, did_you_mean
 
 _TOP = {

@@ -1,36 +1,21 @@
 """Recipes: what a merge is made of, as types and as YAML. Every mistake is reported at once, with its line."""
 
-import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from io import StringIO
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
+from merging.settings import Strict, parsed_documents
 from taskvec.blocks import depth_of, layer_of, tower_of
-from taskvec.errors import NotFoundError, RecipeError, did_you_mean
+from taskvec.errors import RecipeError
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=False)
-
-
-class Gradient(_Strict):
+class Gradient(Strict):
     """A value that changes over the depth of the model.
 
     Attributes:
@@ -94,7 +79,7 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-class TaskSpec(_Strict):
+class TaskSpec(Strict):
     """One model to merge.
 
     Attributes:
@@ -129,7 +114,7 @@ Layers = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
 """Layers of a model: the first, and one past the last."""
 
 
-class OutputSpec(_Strict):
+class OutputSpec(Strict):
     """How the result is stored.
 
     Attributes:
@@ -169,7 +154,7 @@ def distinct(tasks: Sequence[TaskSpec]) -> list[TaskSpec]:
 Tasks = Annotated[list[Annotated[TaskSpec, BeforeValidator(_as_task)]], Field(min_length=1), AfterValidator(distinct)]
 
 
-class _Part(_Strict):
+class _Part(Strict):
     """What a part of a model may set for itself; None takes what the recipe says."""
 
     base: str | None = None
@@ -222,7 +207,7 @@ class ModuleSpec(_Part):
     slices: list[SliceSpec] = Field(default_factory=list)
 
 
-class TokenOf(_Strict):
+class TokenOf(Strict):
     """The embedding of one token of one model.
 
     Attributes:
@@ -241,7 +226,7 @@ class TokenOf(_Strict):
         return self
 
 
-class TokenSpec(_Strict):
+class TokenSpec(Strict):
     """Where the embedding of one token comes from.
 
     Attributes:
@@ -256,7 +241,7 @@ class TokenSpec(_Strict):
     force: bool = False
 
 
-class TokenizerSpec(_Strict):
+class TokenizerSpec(Strict):
     """The vocabulary of the result. Embeddings are then merged by token, not by row.
 
     Attributes:
@@ -275,7 +260,7 @@ def _as_tokenizer(value: Any) -> Any:
     return {"source": value} if isinstance(value, str) else value
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """A merge, completely described.
 
     Attributes:
@@ -364,7 +349,7 @@ class Recipe(_Strict):
     def _tasks_by_name(cls, data: Any) -> Any:
         if isinstance(data, Mapping) and isinstance(data.get("tasks"), Mapping):
             tasks = [
-                {"name": name, **({"path": task} if isinstance(task, str) else dict(task))}
+                {"name": name, **(dict(task) if isinstance(task, Mapping) else {"path": task})}
                 for name, task in data["tasks"].items()
             ]
             return {**data, "tasks": tasks}
@@ -373,21 +358,8 @@ class Recipe(_Strict):
     # -- reading and writing -----------------------------------------------------------------------------------------
 
     @classmethod
-    def load(cls, path: "str | os.PathLike[str]") -> "Recipe":
-        """A recipe from a YAML file (or JSON, which is YAML). mergekit's YAML is read into the same type.
-
-        Raises:
-            NotFoundError: no such file.
-            RecipeError: every mistake in it, with line numbers.
-        """
-        file = Path(path)
-        if not file.is_file():
-            raise NotFoundError(f"{file}: no such recipe file.")
-        return cls.from_text(file.read_text("utf-8"), where=str(file))
-
-    @classmethod
     def from_text(cls, text: str, *, where: str = "recipe") -> "Recipe":
-        """A recipe from YAML text."""
+        """A recipe from YAML text, ours or mergekit's."""
         documents = parsed_documents(text, where)
         if any(isinstance(data, Mapping) and "merge_method" in data for data in documents):
             from merging.mergekit import read_mergekit
@@ -396,16 +368,6 @@ class Recipe(_Strict):
         if len(documents) > 1:
             raise RecipeError(f"{len(documents)} documents; merges that come first stand under `stages`", title=where)
         return cls.from_data(documents[0], where=where)
-
-    @classmethod
-    def from_data(cls, data: Any, *, where: str = "recipe") -> "Recipe":
-        """A recipe from plain mappings and lists."""
-        if not isinstance(data, Mapping):
-            raise RecipeError(f"{where}: a recipe is a mapping of keys, found {type(data).__name__}", title=where)
-        try:
-            return cls.model_validate(plain(data))
-        except ValidationError as error:
-            raise RecipeError(located(error, data, cls), title=f"{where} cannot be used") from None
 
     def data(self) -> dict[str, Any]:
         """The recipe as plain mappings, without what is at its default."""
@@ -422,117 +384,12 @@ class Recipe(_Strict):
         return stream.getvalue()
 
 
-# -- YAML with line numbers ------------------------------------------------------------------------------------------------
-
-
-def parsed_documents(text: str, where: str) -> list[Any]:
-    """The documents of a YAML text as ruamel's commented mappings, which know their lines; empty ones left out.
-
-    Raises:
-        RecipeError: a syntax error or a duplicate key, with its line.
-    """
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
-    try:
-        return [found for found in YAML(typ="rt").load_all(text) if found is not None] or [None]
-    except YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f"line {mark.line + 1}: " if mark is not None else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise RecipeError(f"{line}{problem}", title=f"{where} is not valid YAML") from None
-
-
-def plain(value: Any) -> Any:
-    """Commented mappings and scalars as plain dictionaries, lists, numbers and texts."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, str):
-        return str(value)
-    if isinstance(value, Sequence):
-        return [plain(item) for item in value]
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, int):
-        return int(value)
-    if isinstance(value, float):
-        return float(value)
-    return value
-
-
-def located(error: ValidationError, data: Any, model: type[BaseModel]) -> list[str]:
-    """Pydantic's errors as sentences with lines and nearest known names."""
-    problems: list[str] = []
-    seen: set[tuple[Any, ...]] = set()
-    for item in error.errors(include_url=False):
-        path = tuple(place for place in item["loc"] if not _is_branch(place))
-        if path in seen and item["type"] not in ("extra_forbidden", "missing"):
-            continue
-        seen.add(path)
-        line = _line(data, path)
-        at = f"line {line}: " if line else ""
-        name = ".".join(str(place) for place in path) or "recipe"
-        if item["type"] == "extra_forbidden":
-            known = _fields(model, path[:-1])
-            problems.append(f"{at}{name}: there is no such key." + did_you_mean(str(path[-1]), known))
-        elif item["type"] == "missing":
-            problems.append(f"{at}{name}: is missing")
-        elif item["type"] == "value_error":
-            problems.append(f"{at}{name}: {item['msg'].removeprefix('Value error, ')}")
-        else:
-            problems.append(f"{at}{name}: {item['msg'][:1].lower()}{item['msg'][1:]}, found {item['input']!r}")
-    return problems
-
-
-def _is_branch(place: Any) -> bool:
-    return isinstance(place, str) and bool(
-        re.search(r"[\[(]|^(float|Gradient|str|int|TaskSpec|TokenOf|constrained.*)$", place)
-    )
-
-
-def _fields(model: Any, path: Sequence[Any]) -> list[str]:
-    for place in path:
-        if isinstance(place, int):
-            continue
-        info = getattr(model, "model_fields", {}).get(place)
-        if info is None:
-            continue  # a name in a mapping
-        model = info.annotation
-        model = _model_in(model)
-    return list(getattr(model, "model_fields", {}))
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The model that an annotation is made of."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for arg in get_args(annotation) if (found := _model_in(arg)) is not None), None)
-
-
-def _line(data: Any, path: Sequence[Any]) -> int | None:
-    line: int | None = None
-    for place in path:
-        marks = getattr(data, "lc", None)
-        try:
-            if isinstance(place, int) and isinstance(data, Mapping):
-                place = list(data)[place]  # tasks given as a mapping
-            if marks is not None and place in (range(len(data)) if isinstance(place, int) else data):
-                line = (marks.item(place) if isinstance(place, int) else marks.key(place))[0] + 1
-            data = data[place]
-        except (KeyError, IndexError, TypeError):
-            return line
-    return line
-
-
 __all__ = [
     "Gradient",
     "OutputSpec",
     "Recipe",
     "TaskSpec",
     "depth_of",
-    "located",
-    "parsed_documents",
-    "plain",
     "unmatched",
     "value_at",
 ]

@@ -263,13 +263,14 @@ class CheckpointWriter:
         if not shard.left and shard.names:
             return
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0)
-        shard.fd = os.open(path, flags, 0o666)
-        try:
-            os.posix_fallocate(shard.fd, 0, shard.size)
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise DiskFullError(f"{self.out}: no space left for {bytes_text(shard.size)}.") from error
-            os.ftruncate(shard.fd, shard.size)  # file systems without fallocate
+        with self._errors(shard):
+            shard.fd = os.open(path, flags, 0o666)
+            try:
+                os.posix_fallocate(shard.fd, 0, shard.size)
+            except OSError as error:
+                if error.errno == errno.ENOSPC:
+                    raise DiskFullError(f"{self.out}: no space left for {bytes_text(shard.size)}.") from error
+                os.ftruncate(shard.fd, shard.size)  # file systems without fallocate
         self._put(
             shard, 0, shard.header.to_bytes(8, "little") + self._header(shard, self._metadata).ljust(shard.header)
         )

@@ -121,3 +121,22 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except BrokenPipeError:
         sys.exit(0)
+    except (OSError, MemoryError, RecursionError) as error:
+        text = _of_the_machine(error)
+        if as_json:
+            import json
+
+            click.echo(json.dumps({"error": type(error).__name__, "message": text, "problems": [text]}))
+        click.echo(f"error: {text}", err=True)
+        sys.exit(1)
+
+
+def _of_the_machine(error: OSError | MemoryError | RecursionError) -> str:
+    """What the system refused, as a sentence: no traceback tells a user more."""
+    if isinstance(error, MemoryError):
+        return "the memory of this machine is used up. Give a smaller budget (--memory), or fewer workers."
+    if isinstance(error, RecursionError):
+        return "the input is nested too deeply to be read."
+    where = f"{error.filename}: " if error.filename is not None else ""
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{where}{reason[:1].lower()}{reason[1:]}. Nothing was left under the output's final name."

@@ -19,6 +19,7 @@ _RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
 def _parameters(given: tuple[str, ...]) -> dict[str, Any]:
     """`density=0.1` and `density=[0.1,0.2]` as YAML values."""
     from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
 
     from merging.settings import plain
 
@@ -29,7 +30,12 @@ def _parameters(given: tuple[str, ...]) -> dict[str, Any]:
             raise click.UsageError(f"-p {item!r}: write it as NAME=VALUE, for instance -p density=0.1")
         if key in found:
             raise click.UsageError(f"-p {key}: given twice")
-        found[key] = plain(YAML(typ="safe").load(value))
+        try:
+            found[key] = plain(YAML(typ="safe").load(value))
+        except YAMLError:
+            raise click.UsageError(
+                f"-p {item!r}: the value is not YAML; write a number, a word or a list, for instance -p density=[0.1,0.2]"
+            ) from None
     return found
 
 

@@ -1,62 +1,16 @@
 """The YAML file of `taskvec learn`, as types. Every problem is reported at once, with its line and the nearest name."""
 
-import os
 import re
-import typing
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from taskvec.errors import RecipeError, did_you_mean
+from merging.settings import Strict
+from taskvec.errors import did_you_mean
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 GRANULARITIES = ("global", "layer", "block", "matrix", "row", "column", "qkv")
-
-
-class Strict(BaseModel):
-    """A mapping of a configuration: unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-    @classmethod
-    def load(cls, path: "str | os.PathLike[str]") -> Self:
-        """Read a YAML file; relative paths in it are relative to the working directory.
-
-        Raises:
-            RecipeError: everything that is wrong with it.
-        """
-        from ruamel.yaml import YAML
-        from ruamel.yaml.error import MarkedYAMLError, YAMLError
-
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"cannot be read: {error}", title=f"{path} cannot be used") from None
-        try:
-            data = YAML(typ="rt").load(text)
-        except MarkedYAMLError as error:
-            line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-            raise RecipeError(f"{line}{error.problem}", title=f"{path} is not valid YAML") from None
-        except YAMLError as error:
-            raise RecipeError(str(error).splitlines()[0], title=f"{path} is not valid YAML") from None
-        return cls.from_data(data, where=str(path))
-
-    @classmethod
-    def from_data(cls, data: Any, *, where: str = "configuration") -> Self:
-        """From plain mappings.
-
-        Raises:
-            RecipeError: everything that is wrong with them.
-        """
-        if not isinstance(data, Mapping):
-            raise RecipeError(f"expected keys and values, found {data!r}", title=f"{where} cannot be used")
-        try:
-            return cls.model_validate(_plain(data))
-        except ValidationError as error:
-            raise RecipeError(_sentences(error, data, cls), title=f"{where} cannot be used") from None
 
 
 class DataSpec(Strict):
@@ -132,7 +86,7 @@ class SelectSpec(Strict):
     budget: Positive
     strategy: Literal["random", "features", "gradient", "gradient-block"] = "gradient-block"
     normalize: bool = False
-    data: dict[str, DataSpec] = {}
+    data: dict[str, DataSpec] = Field(default_factory=dict)
 
 
 class UFMSpec(Strict):
@@ -190,7 +144,7 @@ class LearnConfig(Strict):
     tasks: Annotated[dict[str, str], Field(min_length=1)]
     model: str = "AutoModel"
     data: Annotated[dict[str, DataSpec], Field(min_length=1)]
-    evaluation: dict[str, DataSpec] = {}
+    evaluation: dict[str, DataSpec] = Field(default_factory=dict)
     tokenizer: str | None = None
     max_length: Positive = 128
     heads: str | dict[str, str] | None = None
@@ -200,10 +154,10 @@ class LearnConfig(Strict):
     objective: str = "supervised"
     negation: NegationSpec | None = None
     ufm: UFMSpec | None = None
-    task_weights: dict[str, float] = {}
-    exclude: list[str] = []
+    task_weights: dict[str, float] = Field(default_factory=dict)
+    exclude: list[str] = Field(default_factory=list)
     granularity: str = "block"
-    frozen: list[str] = []
+    frozen: list[str] = Field(default_factory=list)
     partitions: PartitionSpec | None = None
     select: SelectSpec | None = None
     mode: Literal["nonlinear", "linear"] = "nonlinear"
@@ -284,7 +238,7 @@ class LearnConfig(Strict):
         if ":" not in self.model and not re.fullmatch(r"\w+", self.model):
             problems.append(f"model: {self.model!r} is neither a class of transformers nor `module:function`")
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError("\n".join(problems))
         return self
 
     def resolved(self) -> "LearnConfig":
@@ -306,95 +260,3 @@ class LearnConfig(Strict):
         epochs = self.epochs or (None if self.steps else 10 if short else 20)
         schedule = self.schedule or ("cosine" if short else "constant")
         return self.model_copy(update={"optimizer": optimizer, "epochs": epochs, "schedule": schedule})
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, str):
-        return str(value)
-    if isinstance(value, Sequence):
-        return [_plain(item) for item in value]
-    if isinstance(value, bool) or value is None:
-        return value
-    if isinstance(value, int):
-        return int(value)
-    return float(value) if isinstance(value, float) else value
-
-
-def _sentences(error: ValidationError, data: Any, model: type[BaseModel]) -> list[str]:
-    """Pydantic's errors as sentences with lines and nearest known names."""
-    problems: list[str] = []
-    for item in error.errors(include_url=False):
-        path = _places(item["loc"], data, item["type"] in ("extra_forbidden", "missing"))
-        line = _line(data, path)
-        at = f"line {line}: " if line else ""
-        name = ".".join(map(str, path))
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            found = f"{name}: there is no such key.{did_you_mean(str(path[-1]), _keys(model, path[:-1]))}"
-        elif item["type"] == "missing":
-            found = f"{name}: is missing"
-        elif item["type"] == "value_error":
-            parts = message.split("; ") if not name else [f"{name}: {message}"]
-            problems.extend(part for part in parts if part not in problems)
-            continue
-        else:
-            found = f"{name}: {message[:1].lower()}{message[1:]}, found {item['input']!r}"
-        if f"{at}{found}" not in problems:
-            problems.append(f"{at}{found}")
-    return problems
-
-
-def _places(loc: Sequence[Any], data: Any, keep_last: bool) -> tuple[Any, ...]:
-    """The part of pydantic's location that is in the file: names of alternatives of a union are not."""
-    path: list[Any] = []
-    for i, place in enumerate(loc):
-        there = isinstance(data, Mapping) and place in data
-        there = there or (isinstance(data, Sequence) and not isinstance(data, str) and isinstance(place, int))
-        if there:
-            data = data[place]
-            path.append(place)
-        elif i == len(loc) - 1 and keep_last:
-            path.append(place)
-    return tuple(path)
-
-
-def _keys(model: type[BaseModel], path: Sequence[Any]) -> list[str]:
-    """Known keys at a place of the file."""
-    found: Any = model
-    inside_container = False
-    for place in path:
-        if inside_container:  # a name of the user's, or a position
-            inside_container = False
-            continue
-        field = found.model_fields.get(str(place)) if _is_model(found) else None
-        found = _model_in(field.annotation) if field is not None else None
-        inside_container = field is not None and typing.get_origin(field.annotation) in (dict, list)
-    return list(found.model_fields) if _is_model(found) else []
-
-
-def _is_model(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
-
-
-def _model_in(annotation: Any) -> Any:
-    if _is_model(annotation):
-        return annotation
-    for inner in typing.get_args(annotation):
-        found = _model_in(inner)
-        if found is not None:
-            return found
-    return None
-
-
-def _line(data: Any, path: Sequence[Any]) -> int | None:
-    line: int | None = None
-    for place in path:
-        marks = getattr(data, "lc", None)
-        try:
-            line = marks.key(place)[0] + 1 if marks is not None and isinstance(data, Mapping) else line
-            data = data[place]
-        except (KeyError, IndexError, TypeError):
-            break
-    return line

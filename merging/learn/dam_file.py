@@ -10,12 +10,13 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from merging.learn.atlas import _data, _heads, _model, _tokenizer, _vectors, names_in_checkpoint
-from merging.learn.config import DataSpec, LearnConfig, Strict
+from merging.learn.config import DataSpec, LearnConfig
 from merging.learn.dam import DamResult, dam_merge
 from merging.learn.dam_config import DamConfig
 from merging.learn.data import named
 from merging.learn.objectives import Forward
 from merging.learn.security import SecurityReport, Trigger, security_report, token_trigger
+from merging.settings import Strict
 from taskvec.errors import DataError, OutputExistsError, RecipeError, UsageError, did_you_mean
 from taskvec.masks import save_masks
 
@@ -50,7 +51,7 @@ class DamFile(LearnConfig):
         if self.heads is None and self.pool != "logits":
             problems.append("heads: none; give them, or `pool: logits` where the model gives logits")
         if problems:
-            raise ValueError("; ".join(sorted(problems)))
+            raise ValueError("\n".join(sorted(problems)))
         return self
 
 

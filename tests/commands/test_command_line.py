@@ -68,7 +68,7 @@ def test_refusals_exit_with_1_and_say_so_in_json_too(zoo, tmp_path, run):
     assert code == 1 and "Did you mean 'ties'" in err
     assert any("'tie'" in problem for problem in json.loads(out)["problems"])
     code, out, err = run("check", tmp_path / "nothing.yaml")
-    assert code == 1 and "no such recipe file" in err and out == ""
+    assert code == 1 and "no such file" in err and out == ""
 
 
 @pytest.mark.parametrize(
@@ -89,6 +89,21 @@ def test_refusals_exit_with_1_and_say_so_in_json_too(zoo, tmp_path, run):
 def test_wrong_usage_exits_with_2(run, args, words):
     code, _, err = run(*args)
     assert code == 2 and words in err
+
+
+def test_a_value_that_is_not_yaml_is_named(zoo, tmp_path, run):
+    code, _, err = run(
+        "merge", "--base", zoo.base, "--method", "ties", "-p", "density=[0.1", tmp_path / "out", zoo.base
+    )
+    assert code == 2 and "-p 'density=[0.1': the value is not YAML" in err and "Trace" not in err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of a process")
+def test_what_the_system_refuses_is_one_line_and_leaves_nothing(zoo, tmp_path):
+    line = f"ulimit -f 8; exec {sys.executable} -m merging merge --base {zoo.base} --method ties {tmp_path}/out {zoo.tuned[0]}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "writing model.safetensors failed (File too large)" in done.stderr
+    assert "Trace" not in done.stderr and not list(tmp_path.glob("out*"))
 
 
 def test_methods_lists_and_explains(run):

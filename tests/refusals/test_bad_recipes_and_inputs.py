@@ -42,13 +42,17 @@ def test_unknown_keys_come_with_their_line_and_the_nearest_known(tmp_path):
     [
         ("base: a\nbase: b\nmethod: ties\ntasks: [x]", 'line 2: found duplicate key "base"'),
         ("base: [a", "line 1"),
-        ("- a\n- b", "a recipe is a mapping of keys, found"),
-        ("", "a recipe is a mapping of keys, found NoneType"),
+        ("- a\n- b", "expected a mapping of keys to values, found a list"),
+        ("", "expected a mapping of keys to values, found nothing: the file is empty"),
         ("base: a\ntasks: [x]", "method: is missing"),
         ("method: ties\ntasks: []", "tasks: list should have at least 1 item"),
         ("method: ties\ntasks: [x]\nseed: -1", "line 3: seed: input should be greater than or equal to 0, found -1"),
         ("method: ties\ntasks: [x]\nstatistics: layer", "line 3: statistics"),
         ("method: ties\ntasks: [{path: x, weight: .nan}]", "weight: input should be a finite number"),
+        ("method: ties\ntasks: {a: x, b: 3}", "line 2: tasks.1: input should be a valid string, found 3"),
+        ("method: ties\ntasks: {a: {}}", "tasks.0.path: is missing"),
+        ("base: " + 3000 * "[", "it is nested too deeply"),
+        ("method: ties\ntasks: [x]\ntokenizer: {source: union, token: {}}", "tokenizer.token: .*Did you mean 'tokens'"),
     ],
 )
 def test_broken_recipes_say_where(text, words):
@@ -63,8 +67,16 @@ def test_numbers_in_yaml_are_numbers():
 
 
 def test_a_missing_recipe_file_is_named(tmp_path):
-    with pytest.raises(NotFoundError, match=r"nothing\.yaml: no such recipe file"):
+    with pytest.raises(NotFoundError, match=r"nothing\.yaml: no such file"):
         Recipe.load(tmp_path / "nothing.yaml")
+
+
+def test_a_recipe_that_is_no_text_or_no_file_is_named(tmp_path):
+    (tmp_path / "odd.yaml").write_bytes(b"base: \xff\xfe")
+    with pytest.raises(RecipeError, match=r"odd\.yaml cannot be used:\n  - is not text in UTF-8 \(byte 6\)"):
+        Recipe.load(tmp_path / "odd.yaml")
+    with pytest.raises(NotFoundError, match="is a folder; a YAML file is expected"):
+        Recipe.load(tmp_path)
 
 
 def test_all_problems_are_reported_at_once(zoo, out):
