@@ -92,7 +92,7 @@ class _File:
     """An open safetensors file: its header checked, its bytes read by position."""
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self._fd = path, -1
         try:
             self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         except OSError as error:
@@ -405,6 +405,10 @@ class Checkpoint:
             into.copy_(self._pickled[name].read_flat(name, start, stop))
         else:
             self._places[name].file.read_into(self._places[name], start, into.view(torch.uint8))
+
+    def origin(self, name: str) -> "tuple[Checkpoint, str] | None":
+        """Itself: what it hands on is what it stores (`taskvec.source.origin_of`)."""
+        return (self, name) if name in self.infos else None
 
     def extent(self, name: str, start: int, stop: int) -> tuple[int, int, int] | None:
         """File descriptor, offset and bytes of these elements; None where they do not lie in a file as they are."""

@@ -1,5 +1,6 @@
 """The task vectors of one merge, read together: for each name a stack `[task, *shape]`, one tile at a time."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Protocol
@@ -13,7 +14,7 @@ from taskvec.checkpoint import Checkpoint, raw_bytes
 from taskvec.errors import MismatchError
 from taskvec.native import AS_IS, LESS_BASE, PLUS_BASE, Stored
 from taskvec.precision import compute_dtype, is_float
-from taskvec.source import DeltaSource, TensorInfo, TensorSource
+from taskvec.source import DeltaSource, TensorInfo, TensorSource, origin_of
 
 Watch = Callable[[TensorSource, str, "Tensor | memoryview"], None]
 """Called with each raw piece as it is read (source, tensor name, stored values), so that hashing costs no pass."""
@@ -348,10 +349,19 @@ class ModelDeltas:
                 stored = self._stored(name, begin, end, rows, base)
             yield stored
 
-    def hashed(self, name: str) -> bool:
-        """Whether the digests of all inputs' tensors of this name are known."""
+    def unhashed(self, name: str) -> "dict[int, tuple[Checkpoint, str]]":
+        """Where the inputs' tensors of this name are stored, by the source's id, of those whose digest is not known yet.
+
+        One that comes several times is left out, since a pass brings its pieces several times; it is hashed by itself.
+        """
         sources = [*([self.base] if self.base is not None else []), *(task.source for task in self._tasks)]
-        return all(source.knows_digest(name) for source in sources if isinstance(source, Checkpoint) and name in source)
+        origins = {at: found for at, s in enumerate(sources) if (found := origin_of(s, name)) is not None}
+        often = Counter((id(checkpoint), own) for checkpoint, own in origins.values())
+        return {
+            id(sources[at]): (checkpoint, own)
+            for at, (checkpoint, own) in origins.items()
+            if often[id(checkpoint), own] == 1 and not checkpoint.knows_digest(own)
+        }
 
     def streamed(self, name: str, start: int, stop: int, size: int, room: "Room") -> Stored | None:
         """The same elements as one tile, of which compiled passes read `size` at a time into the room.
@@ -454,31 +464,41 @@ class _Reading:
 
     def __init__(self, sources: Sequence[TensorSource], name: str, room: Room | None):
         self._sources, self._name, self._room = sources, name, room
-        self.same = room is not None and all(
-            isinstance(source, Checkpoint) and source.extent(name, 0, 0) is not None for source in sources
-        )
+        self._origins = [origin_of(source, name) for source in sources]
+        extents = [None if found is None else found[0].extent(found[1], 0, 1) for found in self._origins]
+        self.same = room is not None and None not in extents
         self.seen: list[memoryview] = []
         self._count = -1
         self._found: list[Tensor] = []
         if self.same:
-            extents = [source.extent(name, 0, 1) or (0, 0, 0) for source in sources if isinstance(source, Checkpoint)]
-            self._files = np.array([file for file, _, _ in extents], np.int32)
-            self._first = np.array([offset for _, offset, _ in extents], np.int64)
-            self._item = np.array([size for _, _, size in extents], np.int64)
+            table = np.array(extents, np.int64).reshape(len(extents), 3)
+            self._files, self._first, self._item = table[:, 0].astype(np.int32), table[:, 1].copy(), table[:, 2].copy()
 
     def __call__(self, start: int, stop: int) -> list[Tensor]:
         if not self.same:
-            return [_read(source, self._name, start, stop, self._room, at) for at, source in enumerate(self._sources)]
+            return [self._read(at, start, stop) for at in range(len(self._sources))]
         if stop - start != self._count:
             self._provide(stop - start)
         failed: int | None = 0
         if native.usable():
             failed = native.read(self._files, self._first + start * self._item, self._sizes, self._into)
         if failed is not None:  # again, or for the first time, with errors that name the file
-            for source, into in zip(self._sources[failed:], self._found[failed:]):
-                assert isinstance(source, Checkpoint)
-                source.read_into(self._name, start, stop, into)
+            self._read_again(start, stop, failed)
         return self._found
+
+    def _read(self, at: int, start: int, stop: int) -> Tensor:
+        origin, source = self._origins[at], self._sources[at]
+        if self._room is None or origin is None:
+            return source.read_flat(self._name, start, stop)
+        into = _place(self._room, at, stop - start, source.infos[self._name].dtype)
+        origin[0].read_into(origin[1], start, stop, into)
+        return into
+
+    def _read_again(self, start: int, stop: int, first: int = 0) -> None:
+        """Reads a piece from where it is stored, with errors that name the file."""
+        for origin, into in zip(self._origins[first:], self._found[first:]):
+            assert origin is not None
+            origin[0].read_into(origin[1], start, stop, into[: stop - start])
 
     def files(self, start: int, stop: int, size: int) -> tuple[native.Files, list[Tensor]] | None:
         """For compiled passes that read these elements themselves, `size` at a time, and where these go."""
@@ -488,10 +508,7 @@ class _Reading:
 
         def again() -> None:
             for begin in range(start, stop, size):
-                for source, into in zip(self._sources, self._found):
-                    assert isinstance(source, Checkpoint)
-                    count = min(size, stop - begin)
-                    source.read_into(self._name, begin, begin + count, into[:count])
+                self._read_again(begin, min(begin + size, stop))
 
         offsets = self._first + start * self._item
         return native.Files(self._files, offsets, self._item, self._into, size, again), self._found
@@ -510,17 +527,10 @@ def _place(room: Room | None, index: int, count: int, dtype: torch.dtype) -> Ten
     return room.raw[index * room.each : index * room.each + count * dtype.itemsize].view(dtype)
 
 
-def _read(source: TensorSource, name: str, start: int, stop: int, room: Room | None, index: int) -> Tensor:
-    if room is None or not isinstance(source, Checkpoint):
-        return source.read_flat(name, start, stop)
-    into = _place(room, index, stop - start, source.infos[name].dtype)
-    source.read_into(name, start, stop, into)
-    return into
-
-
 def _gathered(source: TensorSource, name: str, blocks: Sequence[tuple[int, int]]) -> Tensor:
     """Blocks of a tensor side by side; from a file with one call for all of them."""
-    extents = [source.extent(name, *block) for block in blocks] if isinstance(source, Checkpoint) else []
+    origin = origin_of(source, name)
+    extents = [] if origin is None else [origin[0].extent(origin[1], *block) for block in blocks]
     known = [extent for extent in extents if extent is not None]
     if known and native.usable():
         table = np.array(known, np.int64)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Protocol, runtime_checkable
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -103,6 +103,16 @@ def names_matching(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
     from fnmatch import fnmatchcase
 
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def origin_of(source: TensorSource, name: str) -> "tuple[Any, str] | None":
+    """The checkpoint, and the name in it, of a tensor that a source hands on as it is stored there.
+
+    None where the source makes the tensor, or holds it in memory.
+    """
+    ask = getattr(source, "origin", None)
+    found: tuple[Any, str] | None = None if ask is None else ask(name)
+    return found
 
 
 @dataclass(frozen=True, slots=True)

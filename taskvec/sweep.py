@@ -664,7 +664,7 @@ class _Sweep:
                 for tile in self._tiles(name, start, stop, first):
                     eager(tile)
                 return
-            hashes = first and not self.resident and not source.hashed(name)
+            hashes = first and not self.resident and bool(source.unhashed(name))
             watch = _Watch(self, name, start // SEGMENT) if hashes else None
             for stored in self._stored(name, start, stop, self._piece(width(name)), span, watch):
                 if self._stop.is_set():
@@ -1018,43 +1018,45 @@ class _Watch:
     """Hashes what is read of one segment, so that the inputs' digests cost no pass of their own."""
 
     def __init__(self, owner: _Sweep, name: str, segment: int):
-        self._owner, self._name, self._segment = owner, name, segment
-        self._hashers: dict[int, tuple[Checkpoint, Any, int]] = {}
+        self._owner, self._segment = owner, segment
+        within: Any = owner._within()
+        # where each source has the tensor, by the source's id
+        self._stored: dict[int, tuple[Checkpoint, str]] = within.unhashed(name) if hasattr(within, "unhashed") else {}
+        self._hashers: dict[int, tuple[Any, int]] = {}
+        self._at: dict[int, int] = {}  # segments that are whole, where a tensor of several is read at once
 
     def __call__(self, source: TensorSource, name: str, raw: "Tensor | memoryview") -> None:
-        if not isinstance(source, Checkpoint) or source.knows_digest(name):
+        stored = self._stored.get(id(source))
+        if stored is None:
             return
         from blake3 import blake3
 
         data = raw if isinstance(raw, memoryview) else raw_bytes(raw)
         size = source.infos[name].dtype.itemsize
-        _, hasher, room = self._hashers.get(id(source), (source, blake3(), SEGMENT))
+        hasher, room = self._hashers.get(id(source)) or (blake3(), SEGMENT)
         done = 0
         while len(data) // size - done >= room:  # whole tensors cross segments
             hasher.update(data[done * size : (done + room) * size])
-            self._hashers[id(source)] = (source, hasher, 0)
-            self._end(id(source))
+            self._end(id(source), hasher)
             done, room, hasher = done + room, SEGMENT, blake3()
         hasher.update(data[done * size :])
-        self._hashers[id(source)] = (source, hasher, room - (len(data) // size - done))
+        self._hashers[id(source)] = (hasher, room - (len(data) // size - done))
 
-    def _end(self, key: int) -> None:
-        source, hasher, _ = self._hashers.pop(key)
+    def _end(self, source: int, hasher: Any) -> None:
+        checkpoint, own = self._stored[source]
         with self._owner._lock:
-            digest = self._owner._digests.setdefault((key, self._name), SegmentDigest(source.infos[self._name]))
-            at = self._segments.get(key, self._segment)
-            self._segments[key] = at + 1
+            digest = self._owner._digests.setdefault((id(checkpoint), own), SegmentDigest(checkpoint.infos[own]))
+        at = self._at.get(source, self._segment)
+        self._at[source] = at + 1
         if at < digest.count and digest.add(at, hasher.digest()):
-            source.record_digest(self._name, digest.hexdigest())
-
-    @property
-    def _segments(self) -> dict[int, int]:
-        return self.__dict__.setdefault("_at", {})
+            checkpoint.record_digest(own, digest.hexdigest())
 
     def close(self) -> None:
-        for key, (source, _, room) in list(self._hashers.items()):
-            if room < SEGMENT or source.infos[self._name].numel == 0:
-                self._end(key)
+        for source, (hasher, room) in list(self._hashers.items()):
+            checkpoint, own = self._stored[source]
+            if room < SEGMENT or checkpoint.infos[own].numel == 0:
+                self._end(source, hasher)
+        self._hashers.clear()
 
 
 class _Gate:

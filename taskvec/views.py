@@ -10,7 +10,7 @@ from torch import Tensor
 
 from taskvec.errors import MismatchError
 from taskvec.precision import compute_dtype, is_float
-from taskvec.source import LowRank, TensorInfo, TensorSource
+from taskvec.source import LowRank, TensorInfo, TensorSource, origin_of
 
 
 def stored_dtype(source: TensorSource, name: str) -> torch.dtype:
@@ -55,6 +55,9 @@ class Renamed:
     def read_flat(self, name: str, start: int, stop: int) -> Tensor:
         return self.source.read_flat(self._old[name], start, stop)
 
+    def origin(self, name: str) -> tuple[Any, str] | None:
+        return origin_of(self.source, self._old[name]) if name in self._old else None
+
     def stored_dtype(self, name: str) -> torch.dtype:
         return stored_dtype(self.source, self._old[name])
 
@@ -96,6 +99,9 @@ class Selected:
         """The delta as a product of factors, where the source has it as one."""
         product: LowRank | None = self.source.low_rank(self._old[name]) if hasattr(self.source, "low_rank") else None
         return product
+
+    def origin(self, name: str) -> tuple[Any, str] | None:
+        return origin_of(self.source, self._old[name]) if name in self._old else None
 
     def stored_dtype(self, name: str) -> torch.dtype:
         return stored_dtype(self.source, self._old[name])
@@ -184,6 +190,9 @@ class Rows:
             at += 1
         return found[start - first * width : stop - first * width]
 
+    def origin(self, name: str) -> tuple[Any, str] | None:
+        return None if name in self._tables else origin_of(self.source, name)
+
     def stored_dtype(self, name: str) -> torch.dtype:
         return stored_dtype(self.source, name)
 
@@ -215,6 +224,10 @@ class Resized:
             return rest
         return torch.cat([self.source.read_flat(name, start, own), rest])
 
+    def origin(self, name: str) -> tuple[Any, str] | None:
+        same = name in self.infos and self.infos[name] == self.source.infos[name]
+        return origin_of(self.source, name) if same else None
+
     def stored_dtype(self, name: str) -> torch.dtype:
         return stored_dtype(self.source, name)
 
@@ -240,6 +253,9 @@ class Only:
         ahead = getattr(self.source, "read_ahead", None)
         if ahead is not None:
             ahead(name, start, stop)
+
+    def origin(self, name: str) -> tuple[Any, str] | None:
+        return origin_of(self.source, name) if name in self.infos else None
 
     def stored_dtype(self, name: str) -> torch.dtype:
         return stored_dtype(self.source, name)
