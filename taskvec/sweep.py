@@ -35,6 +35,7 @@ from taskvec.source import TensorSource
 TILE = 1 << 19  # elements a task: with smaller ones threads wait for each other between calls, larger ones gain nothing
 TILE_RESIDENT = 1 << 24  # on a GPU launches cost more than cache misses
 PIECES = 5 << 18  # bytes of all inputs that a compiled pass takes at a time: they stay in the second-level cache
+HASHED = 4  # times as many are read at a time where they are hashed too, since each time returns to Python
 SPAN = 1 << 20  # elements of a partial result: what it keeps of them is small, and between two of them little is done
 SAMPLE_BLOCK = 256
 
@@ -580,7 +581,8 @@ class _Sweep:
 
             def work(stored: Stored, squares: Any) -> None:
                 nonlocal first
-                stack = self._room(self._piece(how.width)).stack if how.ranked else None
+                size = stored.count if stored.files is None else stored.files.piece
+                stack = self._room(size).stack if how.ranked else None
                 base_finite, finite = native.merge(stored, how, out[stored.start - first :], squares, stack)
                 if squares is not None:
                     self._take_squares(stored, squares, base_finite)
@@ -691,6 +693,9 @@ class _Sweep:
                 yield stored
             else:
                 return
+        if watch is not None and size % CHUNK == 0:  # not in rows, by which sums of squares are made
+            size *= HASHED
+            room = self._room(size)
         yield from source.pieces(name, start, stop, size, watch, room)
 
     def _compiled_fold(self, fold: Fold) -> "Callable[[Stored, Any], tuple[Any, bool]] | None":
