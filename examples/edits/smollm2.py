@@ -6,7 +6,7 @@
 For each form, dtype and layer all edits are in the model at once, and it is counted how many prompts answer the whole
 target (greedy), how many of the other prompts continue differently, and the NLL ratio over all tokens of held-out text.
 "auto" lets the library choose the form; "in-place-single" has one edit at a time in the model, as the paper does, and
-gives the mean number of changed prompts. `--many 1000` puts so many edits into one jet-pack.
+gives the mean number of changed prompts (see `single.py`). `--many 1000` puts so many edits into one jet-pack.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from examples.edits.facts import FACTS, NEIGHBOURS, PARAPHRASES
+from examples.edits.single import one_by_one
 from examples.real_zoo.data import data_folder, fetch, read, read_all
 from merging.edits import JetPack, Optimisation, check, edit_auto, edit_in_place, edit_widen
 from taskvec.errors import EditError
@@ -105,7 +106,13 @@ def wrong_facts(model: Any, tokenizer: Any, count: int) -> list[tuple[str, str]]
 
 
 def made(
-    form: str, model: Any, tokenizer: Any, facts: list[tuple[str, str]], layer: int, corpus: list[str], batch: int
+    form: str,
+    model: Any,
+    tokenizer: Any,
+    facts: list[tuple[str, str]],
+    layer: int | None,
+    corpus: list[str],
+    batch: int,
 ) -> Any:
     """Edits of one form; the library chooses theta and the rest."""
     several: dict[str, Any] = {"layer": layer, "optimisation": Optimisation(batch=batch)}
@@ -136,8 +143,9 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 where = {"form": form, "dtype": dtype, "layer": layer}
                 try:
                     if form == "in-place-single":
+                        chosen = facts[: options.single]
                         yield where | one_by_one(
-                            model, tokenizer, facts, layer, corpus, prompts, continuations, options
+                            model, tokenizer, chosen, layer, corpus, prompts, continuations, text, options.batch
                         )
                         continue
                     began, busy = time.perf_counter(), time.process_time()
@@ -201,45 +209,6 @@ def row_of(edits: Any, report: Any, seconds: float) -> dict[str, Any]:
     }
 
 
-def one_by_one(
-    model: Any,
-    tokenizer: Any,
-    facts: list[tuple[str, str]],
-    layer: int,
-    corpus: list[str],
-    prompts: list[str],
-    continuations: list[tuple[int, ...]],
-    options: argparse.Namespace,
-) -> dict[str, Any]:
-    """Each edit alone in the model: how many succeed, and how many of the other prompts each changes."""
-    good, changed, fired, largest, seconds = 0, [], 0, 0.0, 0.0
-    first: Any = None
-    for fact in facts[: options.single]:
-        began = time.perf_counter()
-        (edit,) = made("in-place", model, tokenizer, [fact], layer, corpus[:12], options.batch)
-        seconds += time.perf_counter() - began
-        report = check(model, [edit], tokenizer, prompts=prompts, batch=options.batch, continuations=continuations)
-        good += report.success == 1
-        changed.append(report.changed)
-        fired += report.fired
-        largest = max(largest, report.largest_outside or 0.0)
-        first = first or edit
-    return {
-        "chosen": f"{first.form} {first.kind}",
-        "edits": len(changed),
-        "success": good / len(changed),
-        "prompts": len(prompts),
-        "fired": fired,
-        "changed": sum(changed) / len(changed),
-        "changed_each": changed,
-        "logits": largest,
-        "outside": largest,
-        "nll_ratio": None,
-        "theta": first.theta,
-        "seconds_per_edit": round(seconds / len(changed), 3),
-    }
-
-
 def many_edits(
     model: Any,
     tokenizer: Any,
@@ -294,7 +263,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             continue
         lines.append(
             f"| {row['form']} | {row['dtype']} | {row['layer']} | {row['chosen']} | {row['theta']:g} | {row['success']:.0%} of "
-            f"{row['edits']} | {row['changed']:g} of {row['prompts']} | {row['fired']} | {row['outside']:.2g} | "
+            f"{row['edits']} | {row['changed']:g} of {row['prompts']} | {row['fired']:g} | "
+            f"{'' if row['outside'] is None else format(row['outside'], '.2g')} | "
             f"{'' if row['nll_ratio'] is None else format(row['nll_ratio'], '.6f')} | "
             f"{row['seconds_per_edit']:.2f} |"
         )
@@ -306,7 +276,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--edits", type=int, default=10)
     parser.add_argument("--prompts", type=int, default=60)
     parser.add_argument("--text", type=int, default=3, help="documents of held-out text")
-    parser.add_argument("--layers", type=int, nargs="+", default=[17])
+    parser.add_argument(
+        "--layers", type=lambda word: None if word == "auto" else int(word), nargs="+", default=[17], help="or: auto"
+    )
     parser.add_argument("--dtypes", nargs="+", default=["float32"])
     parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS)
     parser.add_argument("--corpus", type=int, default=40, help="documents that give the features' centre and spread")

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
+    "Corpus": "stealth",
     "Edit": "edit",
     "EditedSource": "edit",
     "JetPack": "jetpack",

@@ -80,6 +80,21 @@ class Sphere:
         return Sphere(self.scale.double(), None if self.shift is None else self.shift.double(), self.own_length)
 
 
+def sinks(points: Features, theta: float) -> Annotated[Tensor, "n"]:
+    """Which tokens of one text a detector cannot tell from the text's first token.
+
+    What attention has no use for it parks at the first token, and in some models at a later one (SmolLM2: the bare space
+    before a number). The MLP input is then the same vector in every text, and a detector there fires on all of them.
+
+    Args:
+        points: [n, d], the points of n tokens in the detectors' space, the first token's first; that one is never marked.
+        theta: half-width of the cone.
+    """
+    found = points @ points[0] > (points * points).sum(dim=-1) - theta
+    found[0] = False
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class Detector:
     """One neuron's input side: fires on features inside the cone around its trigger, and answers `response` there.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from merging.edits import optimise, stealth
 from merging.edits.edit import Edit
-from merging.edits.features import RESPONSE, THETA, Sphere, check_finite, check_theta
+from merging.edits.features import RESPONSE, THETA, Sphere, check_finite, check_theta, sinks
 from merging.edits.optimise import Found, Optimisation, Sequence_, find_residuals
 from merging.edits.site import Site
 from merging.edits.stealth import Background, Prepared, Request, Requests, Text
@@ -49,6 +49,12 @@ class Entry:
     def sequences(self) -> tuple[Sequence_, ...]:
         prompts = (self.prompt_ids, *self.paraphrase_ids)
         return tuple(Sequence_(p, self.target_ids, n) for p, n in zip(prompts, self.lengths))
+
+
+def _spread(site: Site) -> list[list[int]]:
+    """Eight texts of one token, from all over the vocabulary."""
+    table: Any = site.model.get_input_embeddings
+    return [[int(i)] for i in torch.linspace(0, table().weight.shape[0] - 1, 8)]
 
 
 class JetPack:
@@ -254,7 +260,8 @@ class JetPack:
             optimisation, chat, progress: as for `edit_widen`.
 
         Raises:
-            EditError: requests that do not fit the model, or two whose triggers cannot be told apart.
+            EditError: requests that do not fit the model, two whose triggers cannot be told apart, or one whose trigger is an
+                attention sink and would fire on every text.
         """
         began = time.perf_counter()
         wanted, _ = stealth.requests_of(requests)
@@ -374,26 +381,63 @@ class JetPack:
                 open_plans.append(plan)
         if not open_plans:
             return
+        features = {
+            (i, n): self._features(site, plan, sequence)
+            for i, plan in enumerate(open_plans)
+            for n, sequence in enumerate(plan.sequences)
+        }
+        free = {key: self._before_sink(site, own) for key, own in features.items()}
+        stuck = [open_plans[i].sequences[n].prompt for (i, n), count in free.items() if not count]
+        if stuck:
+            raise EditError(
+                f"In layer {self.layer} the last token of {len(stuck)} prompts is an attention sink: what the MLP sees there is what "
+                f"it sees at the first token of any text, and the edit would fire on all of them: "
+                + "; ".join(repr(tokenizer.decode(list(ids)) if tokenizer else ids) for ids in stuck[:4])
+                + ". Take other words, a smaller theta or another layer."
+            )
         before = (self.triggers, self.residuals, list(self.entries))
         lengths = {(i, n): 1 for i, plan in enumerate(open_plans) for n in range(len(plan.sequences))}
         try:
-            found = self._put(model, site, before, open_plans, lengths, {}, optimisation, progress, began)
+            found = self._put(model, site, before, open_plans, features, lengths, {}, optimisation, progress, began)
             failed = [
                 i
                 for i, plan in enumerate(open_plans)
                 if len(plan.sequences[0].target) > 1 and not self.entries[len(before[2]) + i].measured["success"]
             ]
-            if failed and optimisation.chain:
-                for i in failed:
-                    for n, sequence in enumerate(open_plans[i].sequences):
-                        lengths[(i, n)] = len(sequence.target)
-                kept = {key: value for key, value in found.items() if key[0] not in failed}
-                self._put(model, site, before, open_plans, lengths, kept, optimisation, progress, began)
+            longer = {key for key, count in free.items() if key[0] in failed and count > 1}
+            if longer and optimisation.chain:
+                lengths |= {key: free[key] for key in longer}
+                kept = {key: value for key, value in found.items() if key not in longer}
+                self._put(model, site, before, open_plans, features, lengths, kept, optimisation, progress, began)
+            cut = {key[0] for key, own in features.items() if key[0] in failed and free[key] < len(own) - 1}
+            if cut and optimisation.chain:
+                self.why.append(
+                    f"{len(cut)} targets have no trigger behind a token that is an attention sink: it would fire on every text."
+                )
             self._check_protected(site, protect, tokenizer, chat)
         except BaseException:
             self.triggers, self.residuals, self.entries = before
             self._build()
             raise
+
+    @staticmethod
+    def _features(site: Site, plan: Prepared, sequence: Sequence_) -> Annotated[Tensor, "1+target d"]:
+        """MLP inputs at the first token and at every place where a trigger can be, as generation computes them: alone."""
+        own = stealth.features_of(site, [sequence.ids])[0]
+        check_finite(own, f"prompt {plan.request.prompt!r}")
+        return own[[0, *range(len(sequence.prompt) - 1, len(own))]]
+
+    def _before_sink(self, site: Site, features: Annotated[Tensor, "1+target d"]) -> int:
+        """How many tokens, from the prompt's last one on, can have a trigger that does not fire on every text."""
+        stuck = sinks(self.directions(features.double()), self.theta)[1:]
+        if bool(stuck[0]) and torch.equal(features[0], features[1]):
+            # the prompt is one token, so the first one: does it differ from others at that place?
+            others = torch.cat(stealth.features_of(site, _spread(site)))
+            alike = [
+                sinks(self.directions(torch.stack([other, features[1]]).double()), self.theta)[1] for other in others
+            ]
+            stuck[0] = sum(map(bool, alike)) > len(alike) / 2
+        return int((~stuck).int().cumprod(0).sum())
 
     def _put(
         self,
@@ -401,6 +445,7 @@ class JetPack:
         site: Site,
         before: tuple[Tensor, Tensor, list[Entry]],
         plans: Sequence[Prepared],
+        seen: Mapping[tuple[int, int], Tensor],
         lengths: Mapping[tuple[int, int], int],
         known: Mapping[tuple[int, int], Found],
         optimisation: Optimisation,
@@ -409,11 +454,7 @@ class JetPack:
     ) -> dict[tuple[int, int], Found]:
         keys = list(lengths)
         sequences = {(i, n): replace(plans[i].sequences[n], triggers=lengths[(i, n)]) for i, n in keys}
-        features = {}
-        for key in keys:
-            own = stealth.features_of(site, [sequences[key].ids])[0]
-            check_finite(own, f"prompt {plans[key[0]].request.prompt!r}")
-            features[key] = own[list(sequences[key].positions)]
+        features = {key: seen[key][1 : 1 + lengths[key]] for key in keys}
         # two prompts that cannot be told apart are refused before time is spent on them
         rows = torch.cat([before[0], *(features[key] for key in keys)])
         entries = before[2] + [

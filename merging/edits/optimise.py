@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from merging.edits.features import check_finite
-from merging.edits.site import Site, evaluating
+from merging.edits.site import Projection, Site, evaluating
 from taskvec.errors import EditError
 
 
@@ -351,16 +351,30 @@ def removal_effects(
         batch: sequences at a time.
         seed: of the draws.
     """
-    assert site.out is not None
-    model, device = site.model, device_of(site.model)
-    columns = site.out.weights().float()
-    length = columns.norm(dim=1)
-    total, peak = (torch.zeros(site.neurons, dtype=torch.float64) for _ in range(2))
+    return removal_effects_at([site], sequences, batch=batch, seed=seed)[0]
+
+
+def removal_effects_at(
+    sites: Sequence[Site], sequences: Sequence[Sequence[int]], *, batch: int = 8, seed: int = 0
+) -> list[Annotated[Tensor, "neuron"]]:
+    """`removal_effects` of several layers of one model, in one pass forward and back.
+
+    Raises:
+        EditError: the model's logits on the text are not finite.
+    """
+    model, device = sites[0].model, device_of(sites[0].model)
+    order = sorted(sites, key=lambda site: site.layer)
+    projections = [_out_of(site) for site in order]
+    columns = [projection.weights().float() for projection in projections]
+    lengths = [own.norm(dim=1) for own in columns]
+    total = [torch.zeros(site.neurons, dtype=torch.float64) for site in order]
+    peak = [torch.zeros(site.neurons, dtype=torch.float64) for site in order]
     generator = torch.Generator().manual_seed(seed)
     seen: list[tuple[Tensor, Tensor]] = []
 
     def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        leaf = output.detach().requires_grad_(True)
+        # the lowest layer's output is where the graph begins
+        leaf = output if output.requires_grad else output.detach().requires_grad_(True)
         seen.append((args[0].detach(), leaf))
         return leaf
 
@@ -369,27 +383,38 @@ def removal_effects(
         part = chosen[start : start + batch]
         ids = padded(part, device)
         valid = torch.zeros(ids.shape, dtype=torch.bool, device=device)
-        for row, own in enumerate(part):
-            valid[row, : len(own)] = True
-        handle = site.out.module.register_forward_hook(hook)
+        for row, sequence in enumerate(part):
+            valid[row, : len(sequence)] = True
+        handles = [projection.module.register_forward_hook(hook) for projection in projections]
         try:
             with frozen(model), torch.enable_grad():
                 scores = F.log_softmax(logits_of(model, ids)[valid].float(), dim=-1)
                 check_finite(scores.detach(), "logits on the corpus")
                 drawn = torch.multinomial(scores.detach().exp().cpu(), 1, generator=generator).to(device)
-                hidden, leaf = seen.pop()
-                (gradient,) = torch.autograd.grad(scores.gather(1, drawn).sum(), leaf)
+                gradients = torch.autograd.grad(scores.gather(1, drawn).sum(), [leaf for _, leaf in seen])
         finally:
-            handle.remove()
-            seen.clear()
+            for handle in handles:
+                handle.remove()
         place = valid.reshape(-1)
-        values = hidden.reshape(place.numel(), -1)[place].float()
-        moves = gradient.reshape(place.numel(), -1)[place].float() @ columns.T
-        total += (values * moves).double().square().sum(dim=0).cpu()
-        peak = torch.maximum(peak, (values.abs().amax(dim=0) * length).double().cpu())
+        for number, ((hidden, _), gradient) in enumerate(zip(seen, gradients)):
+            values = hidden.reshape(place.numel(), -1)[place].float()
+            moves = gradient.reshape(place.numel(), -1)[place].float() @ columns[number].T
+            total[number] += (values * moves).double().square().sum(dim=0).cpu()
+            peak[number] = torch.maximum(peak[number], (values.abs().amax(dim=0) * lengths[number]).double().cpu())
+        seen.clear()
         count += int(place.sum())
-    effects = total / max(1, 2 * count)
-    return torch.where(peak > _CLIFF * peak.median(), torch.full_like(effects, math.inf), effects)
+    found = {}
+    for site, own, largest in zip(order, total, peak):
+        effects = own / max(1, 2 * count)
+        found[site.layer] = torch.where(
+            largest > _CLIFF * largest.median(), torch.full_like(effects, math.inf), effects
+        )
+    return [found[site.layer] for site in sites]
+
+
+def _out_of(site: Site) -> Projection:
+    assert site.out is not None
+    return site.out
 
 
 # -- the authors' own procedure ----------------------------------------------------------------------------------------

@@ -499,8 +499,7 @@ def plan_edits(
     missed = None
     if site.kind != "jet-pack" and not site.gate_only:
         count = sum(len(plan.sequences) for plan in plans)
-        few = chunks[:: max(1, len(chunks) // 8)][:8]
-        missed = float(optimise.removal_effects(site, few).sort().values[:count].sum())
+        missed = float(optimise.removal_effects(site, stealth._some(chunks)).sort().values[:count].sum())
         why.append(
             f"In place would change other answers: without the {count} least missed neurons of this layer the model's "
             f"predictions move by about {missed:.1g} nats of KL divergence a token, detectors aside."

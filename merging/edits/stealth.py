@@ -309,8 +309,55 @@ def run_until_stopped(model: nn.Module, ids: Tensor) -> None:
         model(input_ids=ids, use_cache=False)
 
 
-def corpus_ids(tokenizer: Any, corpus: Sequence[Text], *, length: int = 128) -> list[tuple[int, ...]]:
-    """A corpus as sequences of at most `length` tokens."""
+class Corpus(tuple[tuple[int, ...], ...]):
+    """Other texts as token ids, which remembers what a model computes from them.
+
+    Takes the place of a list of texts wherever a `corpus` is asked for. Edits that are made in several calls then share one
+    reading of it: by far the longest part of a single edit on a CPU. What is remembered is bound to the content hash of the
+    weights, so it is never used for a model that has changed since.
+    """
+
+    _features: "dict[tuple[str, int], Background]"
+    _effects: dict[tuple[str, int], Tensor]
+
+    @classmethod
+    def of(cls, tokenizer: Any, texts: Sequence[Text], *, length: int = 128) -> "Corpus":
+        """Texts (or ids) cut into sequences of at most `length` tokens."""
+        made = cls(corpus_ids(tokenizer, texts, length=length))
+        made._features, made._effects = {}, {}
+        return made
+
+    def background(self, site: Site) -> "Background":
+        key = (content_hash(in_memory(site.model)), site.layer)
+        if key not in self._features:
+            self._features[key] = Background.of(site, tuple(self))
+        return self._features[key]
+
+    def removal_effects(self, sites: Sequence[Site]) -> list[Annotated[Tensor, "neuron"]]:
+        """`optimise.removal_effects` of several layers, on a part of the corpus."""
+        base = content_hash(in_memory(sites[0].model))
+        new = [site for site in sites if (base, site.layer) not in self._effects]
+        if new:
+            for site, effects in zip(new, optimise.removal_effects_at(new, _some(self))):
+                self._effects[(base, site.layer)] = effects
+        return [self._effects[(base, site.layer)] for site in sites]
+
+
+def _some(chunks: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+    """About a thousand tokens, from everywhere in the text."""
+    chosen: list[Sequence[int]] = []
+    tokens = 0
+    for chunk in chunks[:: max(1, len(chunks) * len(chunks[0]) // _MISSED_TOKENS)]:
+        if tokens < _MISSED_TOKENS:
+            chosen.append(chunk)
+            tokens += len(chunk)
+    return chosen
+
+
+def corpus_ids(tokenizer: Any, corpus: Sequence[Text], *, length: int = 128) -> Sequence[tuple[int, ...]]:
+    """A corpus as sequences of at most `length` tokens (a `Corpus` is one already)."""
+    if isinstance(corpus, Corpus):
+        return corpus
     chunks: list[tuple[int, ...]] = []
     for text in corpus:
         ids = tuple(int(i) for i in text) if not isinstance(text, str) else prompt_ids(tokenizer, text) if text else ()
@@ -332,6 +379,8 @@ class Background:
 
     @classmethod
     def of(cls, site: Site, sequences: Sequence[Sequence[int]]) -> "Background":
+        if isinstance(sequences, Corpus):
+            return sequences.background(site)
         found = features_of(site, sequences)
         check_finite(torch.cat(found), "features of the corpus")
         first = torch.cat([torch.arange(len(f)) == 0 for f in found])
@@ -525,10 +574,12 @@ def edit_in_place(
         model: a causal model of transformers in the dtype in which it will be stored.
         requests: one `{prompt, target}` (or pair), several, or the path of a JSONL file of them.
         tokenizer: for texts.
-        layer: index; None chooses by the metric on `corpus`.
+        layer: index; None chooses on `corpus` the layer whose neurons are missed least (by the metric, if `neuron` says how
+            neurons are chosen).
         theta: half-width of the cone in cosine; None chooses from the feature noise of the model's dtype.
         response: pre-activation at the trigger (Δ).
         corpus: other texts (or ids). Needed where the neurons have no bias, at least as many tokens as the model is wide.
+            A `Corpus` is read once for many calls.
         detector: "auto"; "affine" or "tangent" (need a bias); "surrogate" (the authors', without a bias) or "contrast" (a
             half-space whose direction is learned from the corpus and from siblings of the prompts). "auto" tries those that
             fit on siblings and text that none of them has seen, and takes the one that fires least.
@@ -674,10 +725,15 @@ def _edit(
     plans = prepared(model, tokenizer, wanted, chat=chat)
     _check_duplicates(plans)
     chunks = corpus_ids(tokenizer, corpus) if corpus is not None else None
+    why: tuple[str, ...] = ()
     if layer is None:
         if chunks is None:
             raise EditError("layer: none was given, and without a corpus none can be chosen. Give one of the two.")
-        layer = chosen_layer(model, chunks, theta or THETA)
+        if form == "in-place" and neuron in ("auto", "least-missed") and compat is None:
+            layer, reason = least_missed_layer(model, chunks, sum(len(plan.sequences) for plan in plans))
+            why = (reason,)
+        else:
+            layer = chosen_layer(model, chunks, theta or THETA)
     site = Site.find(model, layer)
     site.require_neurons("an edit in place" if form == "in-place" else "widening")
     guarded = [(p, prompt_ids(tokenizer, p, chat=chat)) for p in protect]
@@ -697,6 +753,7 @@ def _edit(
         compat,
         guarded=torch.stack(near) if near else None,
     )
+    session.why[:0] = why
     edits = session.run(guarded, progress, began)
     return edits[0] if single else edits
 
@@ -714,19 +771,44 @@ def _check_duplicates(plans: Sequence[Prepared]) -> None:
             seen[sequence.prompt] = plan
 
 
-def chosen_layer(model: nn.Module, chunks: Sequence[Sequence[int]], theta: float) -> int:
-    """The layer between a third and nine tenths of the depth whose features have the highest dimension, centred.
+def middle_layers(count: int) -> list[int]:
+    """The layers between a third and nine tenths of the depth.
 
-    Early layers separate prompts badly; in the last ones too little of the model is left to turn one vector into a target
-    of several tokens.
+    Early ones separate prompts badly; in the last ones too little of the model is left to turn one vector into a target of
+    several tokens.
     """
+    first = math.ceil(count / 3)
+    return [i for i in range(first, max(first + 1, int(0.9 * count))) if i < count] or [count - 1]
+
+
+def least_missed_layer(model: nn.Module, chunks: Sequence[Sequence[int]], neurons: int) -> tuple[int, str]:
+    """The middle layer in which so many neurons can be replaced with the least effect, and the reason in words.
+
+    What a replaced neuron did is lost on every prompt, whatever the detector, so in place this decides what else changes.
+
+    Raises:
+        EditError: no layer takes a neuron as a detector.
+    """
+    count = len(decoder_layers(model)[1])
+    sites = [site for i in middle_layers(count) if (site := Site.find(model, i)).kind != "jet-pack"]
+    if not sites:
+        raise EditError("No layer takes a neuron as a detector; use a jet-pack.")
+    found = chunks.removal_effects(sites) if isinstance(chunks, Corpus) else None
+    effects = found or optimise.removal_effects_at(sites, _some(chunks))
+    missed = [float(own.sort().values[:neurons].sum()) for own in effects]
+    best = min(range(len(sites)), key=lambda i: missed[i])
+    return sites[best].layer, (
+        f"Layer {sites[best].layer} of {count}: of the layers between a third and nine tenths of the depth the one whose {neurons} "
+        f"least missed neurons are worth the least, {missed[best]:.1g} nats of KL divergence a token (up to {max(missed):.1g} elsewhere)."
+    )
+
+
+def chosen_layer(model: nn.Module, chunks: Sequence[Sequence[int]], theta: float) -> int:
+    """The middle layer whose features have the highest dimension, centred."""
     from merging.edits.dimension import intrinsic_dimension
 
-    count = len(decoder_layers(model)[1])
-    candidates = list(range(math.ceil(count / 3), max(math.ceil(count / 3) + 1, int(0.9 * count))))
-    candidates = [i for i in candidates if i < count] or [count - 1]
     best: tuple[float, int] | None = None
-    for index in candidates:
+    for index in middle_layers(len(decoder_layers(model)[1])):
         site = Site.find(model, index)
         if site.kind == "jet-pack":
             continue
@@ -779,7 +861,7 @@ class _Session:
         if neuron == "auto":
             neuron = "least-missed" if chunks and compat is None else "quietest"
         self.optimisation, self.neuron, self.pad_to = optimisation, neuron, pad_to
-        self.chunks = list(chunks or ())
+        self.chunks: Sequence[Sequence[int]] = chunks or ()
         self.background = Background.of(site, chunks) if chunks else None
         self.wanted_plateau, self.wanted_theta, self.wanted_response = plateau, theta, response
         self.why: list[str] = []
@@ -1079,13 +1161,10 @@ class _Session:
             raise EditError("neuron 'least-missed' needs a corpus of other texts; give `corpus`.")
         if self.effects is None:
             # of text alone, so that edits made one after the other agree on the order
-            text, tokens = [], 0
-            step = max(1, len(self.chunks) * len(self.chunks[0]) // _MISSED_TOKENS)
-            for chunk in self.chunks[::step]:
-                if tokens < _MISSED_TOKENS:
-                    text.append(chunk)
-                    tokens += len(chunk)
-            self.effects = optimise.removal_effects(self.site, text)
+            if isinstance(self.chunks, Corpus):
+                (self.effects,) = self.chunks.removal_effects([self.site])
+            else:
+                self.effects = optimise.removal_effects(self.site, _some(self.chunks))
         order = torch.argsort(self.effects, stable=True)
         self.lost = float(self.effects[order[:count]].sum())
         return [int(i) for i in order[:count]]
