@@ -19,6 +19,7 @@ from taskvec.adapter import Adapter
 from taskvec.checkpoint import Checkpoint
 from taskvec.deltas import ModelDeltas, Task
 from taskvec.errors import MismatchError, UsageError
+from taskvec.moments import assert_finite
 from taskvec.precision import is_float
 from taskvec.source import DeltaSource, TensorSource
 from taskvec.sweep import sample_blocks
@@ -114,6 +115,7 @@ def survey(base: Any, models: Sequence[Any]) -> Survey:
     Raises:
         UsageError: there are no models.
         MismatchError: models that do not fit the base; every difference.
+        NonFiniteError: NaN or infinity in the sample.
     """
     if not models:
         raise UsageError("advise: name at least one model that was tuned from the base")
@@ -142,6 +144,7 @@ def survey(base: Any, models: Sequence[Any]) -> Survey:
     blocks = [(n, 0, i.numel) for n, i in deltas.infos.items()] if small else sample_blocks(deltas, SAMPLE)
     for block in blocks:
         tile = deltas.tile(*block)
+        assert_finite(tile)
         stack = tile.stack.double()
         gram += stack @ stack.T
         assert tile.base is not None

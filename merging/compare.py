@@ -12,7 +12,7 @@ from torch import Tensor
 from taskvec.blocks import is_matrix, layer_key, layer_of
 from taskvec.checkpoint import SEGMENT
 from taskvec.deltas import ModelDeltas, Task
-from taskvec.moments import exact, rounded_sum
+from taskvec.moments import assert_finite, exact, rounded_sum
 from taskvec.precision import is_float
 from taskvec.source import TensorSource
 from taskvec.vector import assert_alike
@@ -65,6 +65,10 @@ def compare_models(
         tasks: name to fine-tuned model (or adapter).
         deltas: names of those that are differences already.
         subspaces: also the overlap of the leading left singular vectors of each matrix (a randomised SVD of rank 8).
+
+    Raises:
+        MismatchError: models that do not fit the base.
+        NonFiniteError: NaN or infinity in one of them.
     """
     assert_alike(base, {name: source for name, source in tasks.items() if name not in deltas})
     names = [n for n, i in base.infos.items() if is_float(i.dtype) and n not in base.aliases]
@@ -78,6 +82,7 @@ def compare_models(
         for start in range(0, info.numel, SEGMENT):
             tile = found.tile(name, start, min(start + SEGMENT, info.numel))
             assert tile.base is not None
+            assert_finite(tile)
             wide = tile.stack.double()
             products = (wide @ wide.T).tolist()
             squared = exact(float(tile.base.double().dot(tile.base.double())))

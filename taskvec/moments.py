@@ -14,7 +14,9 @@ from torch import Tensor
 
 from taskvec import native
 from taskvec.deltas import Tile
+from taskvec.errors import NonFiniteError
 from taskvec.plan import Fold, SubPlan, formula, formula_of
+from taskvec.precision import all_finite
 
 CHUNK = native.CHUNK
 _SHIFT = 1126  # 2^-1126 divides every finite float64
@@ -65,6 +67,18 @@ def sums(of: Callable[[Tile], Tensor]) -> SubPlan:
     if not shape:
         shape.append(torch.Size(told.numbers["shape"] if told is not None else (len(total),)))
     return torch.tensor([rounded_sum(value) for value in total], dtype=torch.float64).reshape(shape[0])
+
+
+def assert_finite(tile: Tile) -> None:
+    """Refuses a tile of which the base or a task is not all finite.
+
+    Raises:
+        NonFiniteError: names the tensor, the model, and how many values.
+    """
+    rows = [("the base", tile.base), *((f"task {task!r}", row) for task, row in zip(tile.tasks, tile.stack))]
+    for name, values in rows:
+        if values is not None and not all_finite(values):
+            raise NonFiniteError(tile.name, name, int((~torch.isfinite(values)).sum()))
 
 
 def _added(one: list[int], other: list[int]) -> list[int]:

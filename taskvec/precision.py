@@ -4,6 +4,8 @@ Differences and sums are made in float32; float64 stays float64. A result is rou
 is written. Nothing in between is stored in half precision.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -58,6 +60,13 @@ def dtype_named(name: str | torch.dtype) -> torch.dtype:
 def dtype_name(dtype: torch.dtype) -> str:
     """`bfloat16` for torch.bfloat16."""
     return str(dtype).removeprefix("torch.")
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether a floating tensor holds no NaN and no infinity."""
+    if values.dtype == torch.float64 or values.dtype in FLOAT8:
+        return bool(torch.isfinite(values if values.dtype == torch.float64 else values.float()).all())
+    return math.isfinite(float(values.sum(dtype=torch.float64)))  # no sum of finite float32 overflows there
 
 
 def rounded(values: Tensor, dtype: torch.dtype, *, where: str = "tensor") -> tuple[Tensor, int]:

@@ -21,12 +21,14 @@ from taskvec.errors import (
     BaseMismatchError,
     MismatchError,
     MissingTensorError,
+    NonFiniteError,
     NotAModelError,
     Problems,
+    UsageError,
     did_you_mean,
     shortened,
 )
-from taskvec.precision import compute_dtype, dtype_name, dtype_named, is_float, rounded
+from taskvec.precision import all_finite, compute_dtype, dtype_name, dtype_named, is_float, rounded
 from taskvec.source import DeltaSource, LowRank, TensorInfo, TensorSource, in_memory
 from taskvec.writer import write
 
@@ -156,6 +158,8 @@ class TaskVector:
     # -- algebra -----------------------------------------------------------------------------------------------------
 
     def __mul__(self, scale: float) -> "TaskVector":
+        if not math.isfinite(scale):
+            raise UsageError(f"scale: {scale} is not a finite number")
         return TaskVector([(scale * c, term) for c, term in self.terms], base_hash=self._base_hash, base=self._base)
 
     __rmul__ = __mul__
@@ -245,8 +249,16 @@ class TaskVector:
         )
 
     def norm(self) -> float:
-        """Euclidean norm over all tensors, tied ones once."""
-        return math.sqrt(max(0.0, self.dot(self)))
+        """Euclidean norm over all tensors, tied ones once.
+
+        Raises:
+            NonFiniteError: the differences hold NaN or infinity.
+        """
+        squares = {name: math.fsum(_dots(self, self, name)) for name in self.infos if name not in self.aliases}
+        for name, square in squares.items():
+            if not math.isfinite(square):
+                raise NonFiniteError(name, self.label)
+        return math.sqrt(max(0.0, math.fsum(squares.values())))
 
     def cosine(self, other: "TaskVector") -> float:
         """Cosine of the angle to another task vector; 0 if either is zero."""
@@ -268,6 +280,7 @@ class TaskVector:
         Raises:
             BaseMismatchError: the vector was made from another base, and `force` is not set.
             MismatchError: names or shapes do not fit.
+            UsageError: the scale is not finite.
         """
         if not force and base is not self._base and self.base_hash is not None and self.base_hash != content_hash(base):
             raise BaseMismatchError(
@@ -343,7 +356,9 @@ class Applied:
         if key not in self.vector.infos:
             return base
         delta = self.vector.read_flat(key, start, stop)
-        return base.to(compute_dtype(base.dtype, delta.dtype)) + delta
+        total = base.to(compute_dtype(base.dtype, delta.dtype)) + delta
+        assert_finite(total, name, self.label)
+        return total
 
 
 @contextmanager
@@ -413,6 +428,16 @@ def assert_alike(base: TensorSource, others: Mapping[str, TensorSource]) -> None
         ]
     if problems:
         raise MismatchError(problems)
+
+
+def assert_finite(values: Tensor, name: str, source: str) -> None:
+    """Refuses NaN and infinity.
+
+    Raises:
+        NonFiniteError: names the tensor and where it comes from.
+    """
+    if not all_finite(values):
+        raise NonFiniteError(name, source, int((~torch.isfinite(values)).sum()))
 
 
 def _dots(one: TaskVector, other: TaskVector, name: str) -> Iterator[float]:

@@ -28,6 +28,7 @@ from taskvec.checkpoint import SAFETENSORS_NAMES, SEGMENT, Checkpoint, SegmentDi
 from taskvec.direct import BLOCK, DirectFile, DirectWrites
 from taskvec.errors import (
     DiskFullError,
+    NonFiniteError,
     OutputError,
     OutputExistsError,
     TaskvecError,
@@ -35,7 +36,7 @@ from taskvec.errors import (
     VerificationError,
     shortened,
 )
-from taskvec.precision import dtype_named, is_float, rounded
+from taskvec.precision import all_finite, dtype_named, is_float, rounded
 from taskvec.source import TensorInfo, TensorSource
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
@@ -534,6 +535,9 @@ def write(
 
     Returns:
         The path that was written.
+
+    Raises:
+        NonFiniteError: a task vector has NaN or infinity.
     """
     stored = None if dtype is None else dtype_named(dtype)
     kept = getattr(source, "aliases", {})
@@ -545,6 +549,7 @@ def write(
     beside = getattr(source, "companions", ()) if companions is None else companions
     root = getattr(source, "path", None)
     inputs = [source.path] if isinstance(source, Checkpoint) else []
+    is_vector = hasattr(source, "low_rank")  # what is stored already is copied as it is
     exact = source.read_flat if stored is None else getattr(source, "read_unrounded", source.read_flat)
     with CheckpointWriter(
         out,
@@ -558,7 +563,10 @@ def write(
     ) as writer:
         for name, info in infos.items():
             for start in range(0, max(info.numel, 1), SEGMENT):
-                writer.write(name, exact(name, start, min(start + SEGMENT, info.numel)), start)
+                values = exact(name, start, min(start + SEGMENT, info.numel))
+                if is_vector and not all_finite(values):
+                    raise NonFiniteError(name, source.label, int((~torch.isfinite(values)).sum()))
+                writer.write(name, values, start)
         return writer.finish(files=files)
 
 
