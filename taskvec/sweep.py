@@ -36,7 +36,7 @@ TILE = 1 << 19  # elements a task: with smaller ones threads wait for each other
 TILE_RESIDENT = 1 << 24  # on a GPU launches cost more than cache misses
 PIECES = 5 << 18  # bytes of all inputs that a compiled pass takes at a time: they stay in the second-level cache
 HASHED = 4  # times as many are read at a time where they are hashed too, since each time returns to Python
-SPAN = 1 << 20  # elements of a partial result: what it keeps of them is small, and between two of them little is done
+SPAN = 1 << 21  # elements of all tasks in a partial result: room for all of them is made, in huge pages, and little used
 SAMPLE_BLOCK = 256
 
 Role = Literal["preprocess", "combine", "postprocess"]
@@ -642,7 +642,7 @@ class _Sweep:
         eager: Callable[[Tile], None],
         label: str,
         width: Callable[[str], int] = lambda name: 1,
-        span: int = SPAN,
+        span: int = 0,
     ) -> None:
         """One pass that hands out tiles as they are stored, with room for their squares where these are not known yet.
 
@@ -651,11 +651,13 @@ class _Sweep:
             eager: the work on tiles, for that and for what compiled code cannot read (float64, float8).
             label: what to call it.
             width: elements of a tensor that must stay together.
-            span: about how many elements one call of the work is for, where compiled code reads them itself.
+            span: about how many elements one call of the work is for, where compiled code reads them itself; default: as
+                many as a partial result is for.
         """
         self.outcome.passes += 1
         first = not self._read_once
         source: Any = self._within()
+        span = span or max(1, SPAN // len(self.deltas.tasks))
 
         def item(name: str, start: int, stop: int) -> None:
             info = self.deltas.infos[name]
