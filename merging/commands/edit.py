@@ -169,7 +169,7 @@ def jetpack(model: str, out: str, fold: bool, edits: str, as_json: bool, overwri
     """Make a jet-pack (side block) for MODEL with many edits and write it to the folder OUT."""
     from merging.edits import JetPack
     from merging.edits.edit import apply_edits
-    from merging.edits.stealth import read_requests
+    from merging.edits.stealth import as_stored, read_requests
     from taskvec.errors import UsageError
 
     requests = read_requests(edits)
@@ -177,11 +177,7 @@ def jetpack(model: str, out: str, fold: bool, edits: str, as_json: bool, overwri
     if fold and options["dtype"] is not None:
         raise UsageError("--fold with --dtype: convert the checkpoint first, then fold into it.")
     loaded, tokenizer, common = _prepared(model, options)
-    dtype = common.pop("dtype")
-    if dtype is not None:
-        from taskvec.precision import dtype_named
-
-        loaded = loaded.to(dtype_named(dtype))
+    loaded = as_stored(loaded, common.pop("dtype"))
     if options["response"] is not None:
         common["response"] = options["response"]
     pack = JetPack.fit(loaded, requests, tokenizer, to_fold=fold, **common)

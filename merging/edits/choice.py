@@ -1,6 +1,5 @@
 """Which form of edit fits a model in the dtype it will be stored in: chosen by trial on siblings of the prompts, with reasons."""
 
-import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from merging.edits.optimise import Optimisation
 from merging.edits.site import Site, decoder_layers
 from merging.edits.stealth import Prepared, Requests, Text
 from taskvec.errors import EditError
-from taskvec.precision import dtype_name, dtype_named
+from taskvec.precision import dtype_name
 
 if TYPE_CHECKING:
     from merging.edits.jetpack import JetPack
@@ -203,8 +202,7 @@ def edit_auto(
     began = time.perf_counter()
     wanted, _ = stealth.requests_of(requests)
     check_theta(THETA if theta is None else theta, RESPONSE)
-    if dtype is not None and dtype_named(dtype) != model.dtype:
-        model = copy.deepcopy(model).to(dtype_named(dtype))
+    model = stealth.as_stored(model, dtype)
     plans = stealth.prepared(model, tokenizer, wanted, chat=chat)
     stealth._check_duplicates(plans)
     chunks = stealth.corpus_ids(tokenizer, corpus)

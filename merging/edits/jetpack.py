@@ -271,6 +271,8 @@ class JetPack:
         if layer is None:
             layer = stealth.chosen_layer(model, chunks, theta or THETA)
         site = Site.find(model, layer)
+        if to_fold:
+            _check_folds(site)
         centroid = Background.of(site, chunks).centroid(site.sphere)
         half = site.dtype in (torch.float16, torch.bfloat16)
         why: list[str] = []
@@ -587,7 +589,7 @@ class JetPack:
         attached = bool(self._handles)
         self.detach()
         site = Site.find(model, self.layer)
-        site.require_neurons("folding")
+        _check_folds(site)
         plans, found, start = [], [], 0
         for entry in self.entries:
             sequences = entry.sequences()
@@ -691,6 +693,15 @@ class JetPack:
             )
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise CorruptFileError(f"{folder}: cannot be read as a jet-pack ({error}).") from error
+
+
+def _check_folds(site: Site) -> None:
+    site.require_neurons("folding")
+    if site.kind == "surrogate":
+        raise EditError(
+            f"layer {site.layer}: folding does not fit here: {site.reason} A fold's neuron is exact only with a bias; keep the "
+            "jet-pack beside the model."
+        )
 
 
 def _entry(plan: Prepared, measured: Mapping[str, Any]) -> Entry:

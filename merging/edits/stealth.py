@@ -208,6 +208,23 @@ def target_ids(tokenizer: Any, target: Text, *, after: Text = "", chat: bool = F
     return ids
 
 
+def as_stored(model: Any, dtype: str | torch.dtype | None) -> Any:
+    """The model itself, or a copy cast to the dtype in which it will be stored.
+
+    Raises:
+        EditError: a dtype in which no layer of transformers computes.
+    """
+    if dtype is None or dtype_named(dtype) == model.dtype:
+        return model
+    wanted = dtype_named(dtype)
+    if wanted not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise EditError(
+            f"dtype: a model does not run in {dtype_name(wanted)}, and an edit is made of what it computes. Take float32, bfloat16, "
+            "float16 or float64; rows that a quantiser rounds later no longer fire, so keep them out of it or use a jet-pack."
+        )
+    return copy.deepcopy(model).to(wanted)
+
+
 def context_length(model: nn.Module) -> int | None:
     """The longest sequence the model takes, if its config says."""
     config = getattr(model, "config", None)
@@ -720,8 +737,7 @@ def _edit(
     check_theta(THETA if theta is None else theta, RESPONSE if response is None else response)
     if compat not in (None, "authors"):
         raise EditError(f"compat: {compat!r} is not known; only 'authors' is.")
-    if dtype is not None and dtype_named(dtype) != model.dtype:
-        model = copy.deepcopy(model).to(dtype_named(dtype))
+    model = as_stored(model, dtype)
     plans = prepared(model, tokenizer, wanted, chat=chat)
     _check_duplicates(plans)
     chunks = corpus_ids(tokenizer, corpus) if corpus is not None else None

@@ -229,3 +229,15 @@ def test_apply_twice_from_python_is_refused_too(tmp_path, tiny, corpus):
 def greedy(model: Any, prompt: tuple[int, ...]) -> int:
     with torch.no_grad():
         return int(model(input_ids=torch.tensor([prompt])).logits[0, -1].argmax())
+
+
+@pytest.mark.parametrize("verb", ["stealth", "jetpack", "auto"])
+def test_a_dtype_that_no_model_runs_in_is_refused(folder, say, tmp_path, verb):
+    code, words = say(*making(verb, folder(), tmp_path / "out"), "--dtype", "float8_e4m3fn")
+    assert (code, "a model does not run in float8_e4m3fn" in words) == (1, True)
+
+
+def test_a_fold_into_neurons_that_can_have_no_bias_says_to_keep_the_jet_pack(folder, say, tmp_path):
+    code, words = say(*making("jetpack", folder("qwen3"), tmp_path / "out"), "--fold")
+    assert (code, "keep the jet-pack beside the model" in words) == (1, True)
+    assert not (tmp_path / "out").exists()
