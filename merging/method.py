@@ -70,6 +70,7 @@ class MergeMethod:
             more than a few (measured with four tasks on square matrices); the memory budget counts them.
         whole_if: tells from the parameters whether it must see whole tensors although `unit` is "element".
         either_space: whether it has a meaning on differences to a base as well as on weights (`space` is the default).
+        limits: tells from the parameters and the number of tasks what is wrong with them together.
     """
 
     name: str
@@ -87,6 +88,7 @@ class MergeMethod:
     copies: int = 0
     whole_if: Callable[[Mapping[str, Any]], bool] | None = None
     either_space: bool = False
+    limits: Callable[[Mapping[str, Any], int], Sequence[str]] | None = None
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
 
     @property
@@ -98,8 +100,13 @@ class MergeMethod:
     def needs_base(self) -> bool:
         return self.space == "delta"
 
-    def bound(self, given: Mapping[str, Any], tasks: int | None = None) -> dict[str, Any]:
+    def bound(self, given: Mapping[str, Any], tasks: int | None = None, *, together: bool = True) -> dict[str, Any]:
         """Every parameter with its value: those given, checked, and the defaults of the others.
+
+        Args:
+            given: name to value.
+            tasks: how many there are, where that is known.
+            together: whether `limits` of several parameters are checked as well (not for values that never meet).
 
         Raises:
             ParameterError: unknown or missing parameters and values out of range, all at once.
@@ -129,6 +136,8 @@ class MergeMethod:
                 problems.append(f"{name}: {self.name} needs a value for it ({parameter.doc})")
             else:
                 values[name] = parameter.default
+        if not problems and together and tasks is not None and self.limits is not None:
+            problems += self.limits(values, tasks)
         if problems:
             raise ParameterError(problems, title=f"Parameters of {self.name}")
         return values
@@ -188,7 +197,7 @@ def merge_method(name: str, *, paper: str, **traits: Any) -> Callable[[Callable[
     Args:
         name: as recipes spell it; the file is called the same.
         paper: arXiv number or other source.
-        traits: `role`, `space`, `unit`, `statistics`, `tasks`, `passes`, `data`, `cost` of `MergeMethod`.
+        traits: further attributes of `MergeMethod` by name.
     """
 
     def declare(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -308,6 +308,8 @@ def prepare(
             for where, value in _settings(recipe)
             if _is_by_name(value)
         )
+    else:
+        problems.extend(_by_tensor(recipe, chosen, merged, depth))
     _device(recipe, problems)
     if not part.by_token:
         warnings += _tokenizers(donor, [(task.name, originals[task.name]) for task in tasks])
@@ -414,10 +416,11 @@ def _bound_leaves(chosen: MergeMethod, given: Mapping[str, Any], count: int) -> 
     """
     samples = {key: _sample_value(value) for key, value in given.items()}
     problems, bound = Problems(), {}
+    together = not any(_is_by_name(value) for value in given.values())  # else each tensor's are checked later
     for key, value in given.items() or [("", None)]:
         for leaf in _leaves(value) if key else [None]:
             try:
-                bound = chosen.bound({**samples, **({key: leaf} if key else {})}, count)
+                bound = chosen.bound({**samples, **({key: leaf} if key else {})}, count, together=together)
             except RecipeError as error:
                 problems.extend(error.problems)
     problems.raise_if_any(RecipeError)
@@ -433,6 +436,35 @@ def _parameters(recipe: Recipe, chosen: MergeMethod | None, problems: Problems) 
     except RecipeError as error:
         problems.extend(f"parameters.{problem}" for problem in error.problems)
     return {**seeded(chosen, values, recipe.parameters, recipe.seed), **recipe.parameters} if values else {}
+
+
+def _by_tensor(recipe: Recipe, chosen: MergeMethod, merged: Sequence[str], depth: Depth) -> list[str]:
+    """What is wrong with the parameters that single tensors get, where they are given by pattern or depth."""
+    found: list[str] = []
+    uses = [("parameters", chosen, recipe.parameters)]
+    for role, steps in (("preprocess", recipe.preprocess), ("postprocess", recipe.postprocess)):
+        uses += [(role, method(_name(step)), _given(step)) for step in steps]
+    for where, used, given in uses:
+        if not any(_is_by_name(value) for value in given.values()):
+            continue
+        seen: dict[str, tuple[str, dict[str, Any]]] = {}
+        for name in merged:
+            values = {key: resolved(value, name, depth) for key, value in given.items()}
+            seen.setdefault(repr(values), (name, values))
+        for name, values in seen.values():
+            lacking = [
+                key
+                for key, value in values.items()
+                if _is_by_name(given[key]) and (value is None or (isinstance(value, list) and None in value))
+            ]
+            found += [f"{where}.{key}: no pattern matches {name}, and there is no `default`" for key in lacking]
+            if lacking:
+                continue
+            try:
+                used.bound(values, len(recipe.tasks))
+            except RecipeError as error:
+                found += [f"{where}: {problem} (for {name})" for problem in error.problems]
+    return found
 
 
 def _leaves(value: Any) -> list[Any]:

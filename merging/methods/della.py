@@ -1,6 +1,7 @@
 """DELLA: drop by magnitude rank, at random."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -9,13 +10,23 @@ from torch import Tensor
 from merging.method import Density, NonNegative, Seed, merge_method, per_task
 from taskvec.deltas import Deltas, Tile
 from taskvec.draws import uniform
-from taskvec.errors import ParameterError
 from taskvec.plan import Kernel, formula
 
 _BLOCK = 1 << 17  # elements sorted at once, so that keys and ranks stay in the cache
 
 
-@merge_method("della", paper="arXiv:2406.11617", role="preprocess", unit="tensor", cost="one sort of each row")
+def _limits(given: Mapping[str, Any], count: int) -> list[str]:
+    pairs = zip(per_task(given["density"], count), per_task(given["epsilon"], count))
+    return [
+        f"task {task + 1}: density {share:g} ± epsilon {spread:g} must stay in (0, 1]"
+        for task, (share, spread) in enumerate(pairs)
+        if share < 1 and not (share - spread > 0 and share + spread <= 1)
+    ]
+
+
+@merge_method(
+    "della", paper="arXiv:2406.11617", role="preprocess", unit="tensor", cost="one sort of each row", limits=_limits
+)
 def della(
     deltas: Deltas,
     *,
@@ -43,13 +54,6 @@ def della(
     """
     count = len(deltas.tasks)
     densities, spreads = per_task(density, count), per_task(epsilon, count)
-    problems = [
-        f"task {task!r}: density {share:g} ± epsilon {spread:g} must stay in (0, 1]"
-        for task, share, spread in zip(deltas.tasks, densities, spreads)
-        if share < 1 and not (share - spread > 0 and share + spread <= 1)
-    ]
-    if problems:
-        raise ParameterError(problems, title="Parameters of della")
 
     def kernel(tile: Tile) -> Tensor:
         stack = torch.empty_like(tile.stack)

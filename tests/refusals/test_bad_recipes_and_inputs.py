@@ -319,3 +319,13 @@ def test_merging_in_memory_checks_too():
         merge_stacks("ties", {"w": stack}, density=[0.1, 0.2, 0.3])
     with pytest.raises(UsageError, match="no contributions"):
         merge_stacks("ties", {"w": stack}, contributions=True)
+
+
+def test_parameters_by_depth_are_checked_for_every_tensor_before_anything_is_read(zoo, out):
+    by_depth = {"density": 0.5, "epsilon": {"gradient": [0.1, 0.6]}}
+    data = zoo.recipe(method="della", statistics="tensor", parameters=by_depth)
+    said = refused(data, out, r"parameters: task 1: density 0.5 ± epsilon 0.6 must stay in \(0, 1\]")
+    assert "(for model.layers.1." in said
+    by_pattern = {"density": {"*mlp*": 0.1}}
+    data = zoo.recipe(method="ties", statistics="tensor", parameters=by_pattern)
+    refused(data, out, r"parameters.density: no pattern matches .*, and there is no `default`")
