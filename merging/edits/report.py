@@ -7,7 +7,7 @@ change of zero is exactly zero and not the rounding of another order of summatio
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -125,8 +125,8 @@ class _Switch:
 
 
 @contextmanager
-def _switched(model: nn.Module, edits: "Sequence[Edit] | JetPack") -> Iterator[tuple[Any, Site]]:
-    """A function that turns the edits on or off, and the site to watch."""
+def _switched(model: nn.Module, edits: "Sequence[Edit] | JetPack") -> Iterator[tuple[Any, list[Site]]]:
+    """A function that turns the edits on or off, and the sites to watch."""
     if not isinstance(edits, Sequence):
         pack = edits
         with pack.attached(model):
@@ -136,19 +136,17 @@ def _switched(model: nn.Module, edits: "Sequence[Edit] | JetPack") -> Iterator[t
                 pack.active = on
 
             try:
-                yield turn, site
+                yield turn, [site]
             finally:
                 pack.active = True
         return
-    layers = {edit.layer for edit in edits if edit.patches}
-    if len(layers) > 1:
-        raise EditError(f"check: the edits lie in layers {sorted(layers)}; check one layer at a time.")
+    layers = sorted({edit.layer for edit in edits if edit.patches}) or [0]
     check_compatible(edits)
     bare = [replace(edit, patches=_no_patches()) for edit in edits]
     apply_to_model(model, bare)
     switch = _Switch(model, edits)
     try:
-        yield switch.set, Site.find(model, next(iter(layers), 0))
+        yield switch.set, [Site.find(model, layer) for layer in layers]
     finally:
         switch.set(False)
         undo_on_model(model, bare)
@@ -175,11 +173,11 @@ def check(
     continuations: Sequence[tuple[int, ...]] | None = None,
     verify: bool = True,
 ) -> Report:
-    """Measures edits of one layer, all at once, on their base model; the model is as before afterwards.
+    """Measures edits, all at once, on their base model; the model is as before afterwards.
 
     Args:
         model: the base, in the dtype the edits were made for.
-        edits: edits of one layer, or a jet-pack.
+        edits: edits of one base, in any layers, or a jet-pack.
         tokenizer: for texts.
         prompts: other prompts, whose answers must not change. Independent ones make the bounds meaningful.
         text: held-out text (or ids) for the NLL ratio and the KL divergence.
@@ -195,7 +193,7 @@ def check(
 
     Raises:
         BaseMismatchError: the edits were made from another model, or from another dtype of it.
-        EditError: no edits, edits of several layers, or conflicts among them.
+        EditError: no edits, or conflicts among them.
     """
     from merging.edits.dimension import rate_bound
 
@@ -210,7 +208,7 @@ def check(
     pieces = stealth.corpus_ids(tokenizer, text, length=length)
     own = _own(edits)
     rounding = None
-    with evaluating(model), _switched(model, listed if listed is not None else edits) as (turn, site):
+    with evaluating(model), _switched(model, listed if listed is not None else edits) as (turn, sites):
         turn(True)
         answers = [_continued(model, [s.prompt], len(s.target), batch)[0] == s.target for _, _, s in own]
         scores = optimise.losses(model, [s for _, _, s in own], batch=batch)
@@ -219,7 +217,7 @@ def check(
         said = _paraphrased(model, tokenizer, own, paraphrases, chat, batch)
         turn(False)
         continued = list(continuations or _continued(model, [*ids, *near], tokens, batch))
-        watch = _Watch(edits, site)
+        watch = _Watch(edits, sites)
         largest, outside, changed, fired = 0.0, 0.0, [], 0
         for start in range(0, len(continued), batch):
             sequences = [tuple(p) + c[:-1] for p, c in zip([*ids, *near][start : start + batch], continued[start:])]
@@ -383,24 +381,31 @@ def _paraphrased(
 class _Watch:
     """Whether any detector fires, token by token, in the forward passes inside its `with`."""
 
-    def __init__(self, edits: "Sequence[Edit] | JetPack", site: Site):
-        self.edits, self.site = edits, site
+    def __init__(self, edits: "Sequence[Edit] | JetPack", sites: Sequence[Site]):
+        self.edits, self.sites = edits, sites
         self.fired = torch.zeros(0)
         self.shape = torch.Size((1, 1))
 
     def __enter__(self) -> None:
-        self._context = self.site.reading_neurons() if isinstance(self.edits, Sequence) else self.site.reading()
-        self._seen = self._context.__enter__()
+        self._stack = ExitStack()
+        neurons = isinstance(self.edits, Sequence)
+        self._seen = [
+            self._stack.enter_context(site.reading_neurons() if neurons else site.reading()) for site in self.sites
+        ]
 
     def __exit__(self, *_: object) -> None:
-        self._context.__exit__(None, None, None)
-        values = self._seen[0].reshape(*self.shape, -1).float()
+        self._stack.close()
+        fired = [
+            self._fires(site, seen[0].reshape(*self.shape, -1).float()) for site, seen in zip(self.sites, self._seen)
+        ]
+        self.fired = torch.stack(fired).any(dim=0)
+
+    def _fires(self, site: Site, values: torch.Tensor) -> torch.Tensor:
         if isinstance(self.edits, Sequence):
-            neurons = [n for edit in self.edits for n in edit.neurons]
+            neurons = [n for edit in self.edits if edit.layer == site.layer for n in edit.neurons]
             least = 1e-3 * min((edit.response for edit in self.edits), default=1.0)
-            self.fired = (values[..., neurons].abs() > least).any(dim=-1)
-        else:
-            self.fired = (self.edits.hidden(values.cpu()) > 0).any(dim=-1)
+            return (values[..., neurons].abs() > least).any(dim=-1)
+        return (self.edits.hidden(values.cpu()) > 0).any(dim=-1)
 
 
 # -- before editing ----------------------------------------------------------------------------------------------------

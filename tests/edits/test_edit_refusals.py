@@ -241,3 +241,28 @@ def test_a_fold_into_neurons_that_can_have_no_bias_says_to_keep_the_jet_pack(fol
     code, words = say(*making("jetpack", folder("qwen3"), tmp_path / "out"), "--fold")
     assert (code, "keep the jet-pack beside the model" in words) == (1, True)
     assert not (tmp_path / "out").exists()
+
+
+def test_edits_in_several_layers_are_checked_together(folder, say, tmp_path):
+    model = folder()
+    rows = [GOOD, {"prompt": "w21 w22 w23", "target": "w9"}]
+    for layer, row in zip((1, 2), rows):
+        code, words = say(
+            *("edit", "stealth", model, tmp_path / f"{layer}.safetensors", "--edits", "EDITS", "--layer", layer),
+            *("--corpus", "TEXT", "--form", "in-place", "--file-only"),
+            rows=(row,),
+        )
+        assert code == 0, words
+    say("edit", "apply", model, tmp_path / "1.safetensors", tmp_path / "one")
+    say("edit", "apply", tmp_path / "one", tmp_path / "2.safetensors", tmp_path / "both")
+    (tmp_path / "others.txt").write_text("w30 w31\nw21 w22 w23\n")
+    code, words = say(
+        "edit", "check", model, tmp_path / "both", "--text", "TEXT", "--prompts", tmp_path / "others.txt", "--json"
+    )
+    assert code == 0, words
+    report = json.loads(next(line for line in words.splitlines() if line.startswith("{")))
+    assert len(report["edits"]) == 2
+    assert report["success"] == 1
+    # the detector of either layer is seen, and its own prompt continues differently
+    assert report["fired"] >= 1
+    assert "w21 w22 w23" in report["changed_prompts"]
