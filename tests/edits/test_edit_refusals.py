@@ -249,7 +249,7 @@ def test_edits_in_several_layers_are_checked_together(folder, say, tmp_path):
     for layer, row in zip((1, 2), rows):
         code, words = say(
             *("edit", "stealth", model, tmp_path / f"{layer}.safetensors", "--edits", "EDITS", "--layer", layer),
-            *("--corpus", "TEXT", "--form", "in-place", "--file-only"),
+            *("--corpus", "TEXT", "--form", "widen", "--file-only"),
             rows=(row,),
         )
         assert code == 0, words
