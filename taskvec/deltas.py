@@ -301,10 +301,11 @@ class ModelDeltas:
         """The task weights that hold for these elements."""
         return self._weights(name, start, stop)
 
-    def bytes_per_pass(self) -> int:
-        """Bytes read from the inputs when every merged tensor is read once."""
+    def bytes_per_pass(self, names: Iterable[str] | None = None) -> int:
+        """Bytes read from the inputs when every merged tensor (or each of these) is read once."""
         sources = [*([self.base] if self.base is not None else []), *(task.source for task in self._tasks)]
-        return sum(source.infos[name].nbytes for name in self.infos for source in sources if name in source.infos)
+        wanted = self.infos if names is None else names
+        return sum(source.infos[name].nbytes for name in wanted for source in sources if name in source.infos)
 
     def rounding(self, name: str) -> float:
         """Relative spacing of the coarsest dtype in which a fine-tuned model stores this tensor; 0 for differences."""

@@ -182,6 +182,20 @@ class Stored:
         whole, rest = divmod(self.count, max(1, piece))
         return whole * -(-piece // CHUNK) + -(-rest // CHUNK)
 
+    def part(self, start: int, stop: int) -> "Stored":
+        """Some of the elements of a tile that lies in memory."""
+        place = slice(start - self.start, stop - self.start)
+        rows = [None if row is None else row[place] for row in self.rows]
+        base = None if self.base is None else self.base[place]
+        return Stored(self.name, start, stop, rows, self.relations, base)
+
+    def gathered(self, blocks: Sequence[tuple[int, int]]) -> "Stored":
+        """Several blocks of such a tile side by side, as if they were one tile."""
+        parts = [self.part(*block) for block in blocks]
+        rows = [None if rows[0] is None else torch.cat(rows) for rows in zip(*(part.rows for part in parts))]
+        base = None if self.base is None else torch.cat([part.base for part in parts])  # type: ignore[misc]
+        return Stored(self.name, 0, sum(part.count for part in parts), rows, self.relations, base)
+
     def squares(self) -> "np.ndarray[Any, Any]":
         """Memory for the sums of squares, float64 [task, chunk]."""
         return np.zeros((len(self.rows), self.chunks))

@@ -36,7 +36,10 @@ TILE = 1 << 19  # elements a task: with smaller ones threads wait for each other
 TILE_RESIDENT = 1 << 24  # on a GPU launches cost more than cache misses
 PIECES = 5 << 18  # bytes of all inputs that a compiled pass takes at a time: they stay in the second-level cache
 HASHED = 4  # times as many are read at a time where they are hashed too, since each time returns to Python
-SPAN = 1 << 21  # elements of all tasks in a partial result: room for all of them is made, in huge pages, and little used
+SPAN = (
+    1 << 21
+)  # elements of all tasks in a partial result: room for all of them is made, in huge pages, and little used
+HELD = 64 << 20  # bytes of all inputs of a tensor that is read once for several passes, for each worker
 SAMPLE_BLOCK = 256
 
 Role = Literal["preprocess", "combine", "postprocess"]
@@ -217,6 +220,8 @@ class _Sweep:
         self._local = threading.local()
         self._late: list[tuple[Stage, Report]] = []
         self._uploaded: Any = None
+        self._held: Stored | None = None
+        self._most_held = min(HELD, memory // (8 * self.workers))
         self.readers = self.workers
         self._fused = _resident_on_gpu(deltas) if self.resident and scope == "model" and not self.whole else None
 
@@ -668,7 +673,7 @@ class _Sweep:
                 for tile in self._tiles(name, start, stop, first):
                     eager(tile)
                 return
-            hashes = first and not self.resident and bool(source.unhashed(name))
+            hashes = first and not self.resident and self._held is None and bool(source.unhashed(name))
             watch = _Watch(self, name, start // SEGMENT) if hashes else None
             for stored in self._stored(name, start, stop, self._piece(width(name)), span, watch):
                 if self._stop.is_set():
@@ -685,6 +690,11 @@ class _Sweep:
     ) -> Iterator[Stored]:
         """Tiles as they are stored: large ones that are read meanwhile, or what was read, `size` elements at a time."""
         source: Any = self._within()
+        if self._held is not None:
+            step = -(-span // size) * size
+            for begin in range(start, stop, step):
+                yield self._held.part(begin, min(begin + step, stop))
+            return
         room = None if self.resident else self._room(size)
         if room is not None and watch is None:
             step = -(-span // size) * size
@@ -909,7 +919,9 @@ class _Sweep:
         source: Any = self._within()
         parts = []
         for name, places in wanted.items():
-            if self.deltas.infos[name].dtype == torch.float32 and source.compiles(name):
+            if self._held is not None:
+                parts.append(native.listed(self._held.gathered(places), values))
+            elif self.deltas.infos[name].dtype == torch.float32 and source.compiles(name):
                 parts.append(native.listed(source.gathered(name, places), values))
             else:
                 parts += [sample.of(self.deltas.tile(name, *place)).float() for place in places]
@@ -989,10 +1001,32 @@ class _TensorSweep(_Sweep):
         self.outer, self.name, self.resident = outer, name, outer.resident
         self._keep_budget = 0 if outer.resident or not keep else 1 << 62
         self._stop, self._digests, self._local, self._gate = outer._stop, outer._digests, outer._local, outer._gate
+        self._most_held = outer._most_held
+
+    def _hold(self) -> Stored | None:
+        """The tensor as it is stored, for all passes over it, in memory that this thread uses again; None: too large."""
+        within, info = self._within(), self.deltas.infos[self.name]
+        if self.resident or self.whole or not self._compiles() or not isinstance(within, ModelDeltas):
+            return None
+        if info.dtype != torch.float32 or self.name in self.skip or not within.compiles(self.name):
+            return None
+        if within.bytes_per_pass([self.name]) > self._most_held:
+            return None
+        sources, each = len(self.deltas.tasks) + 1, 4 * info.numel
+        raw: Tensor | None = getattr(self._local, "held", None)
+        if raw is None or raw.numel() < sources * each:
+            raw = self._local.held = torch.empty(sources * each, dtype=torch.uint8)
+        watch = _Watch(self, self.name, 0)
+        (stored,) = within.pieces(self.name, 0, info.numel, info.numel, watch, Room(torch.empty(0), raw, each))
+        watch.close()
+        return stored
 
     def run(self) -> Outcome:
-        for stage in self.stages:
-            self._chain.append((stage, self._plan(stage, stage.start(self.deltas))))
+        plans = [stage.start(self.deltas) for stage in self.stages]
+        if any(isinstance(plan, Iterator) for plan in plans):
+            self._held = self._hold()
+        for stage, plan in zip(self.stages, plans):
+            self._chain.append((stage, self._plan(stage, plan)))
         if not self._merged_fused() and not self._merged_compiled():
             self._pass(self._finish_tile, "merging")
         self._late_reports()
