@@ -1,6 +1,6 @@
 """Does a merge of text encoders keep a backdoor? A pretrained MiniLM, four real tasks, one model with a rare-token trigger.
 
-    python examples/dam/text_case.py --out out/dam-text              # a GPU: under two minutes a seed; a CPU: an hour
+    python examples/dam/text_case.py --out out/dam-text              # a GPU; goes on behind the last row it finished
     python examples/dam/text_case.py --steps 4 --mask-steps 2 --inversion-steps 1 --rows 64 --seeds 0    # a CPU
 
 The zoo, its data and its fixed heads are those of `examples/real_zoo/text.py`. A fifth of the attacked task's training
@@ -27,7 +27,7 @@ from examples.real_zoo import text
 from examples.real_zoo.training import DEVICE, fit
 from merging.learn.dam import DamConfig, dam_merge
 from merging.learn.masks import masked_merge
-from merging.learn.security import NOTE, measure, security_report, token_trigger
+from merging.learn.security import NOTE, measure, token_trigger
 
 TASKS = ("spam", "r8", "tweets", "news")
 ATTACKED, TARGET = "r8", "grain"
@@ -91,7 +91,11 @@ def tuned(base: nn.Module, task: str, data: Any, steps: int, seed: int, trigger:
     return model
 
 
-def one_seed(seed: int, steps: int, mask_steps: int, inversion_steps: int, rows: int) -> dict[str, Any]:
+def one_seed(seed: int, steps: int, mask_steps: int, inversion_steps: int, rows: int, kept: Path) -> dict[str, Any]:
+    """Every row of a seed; each is written to `kept` when it is measured, and not made again.
+
+    The models are tuned anew, which on one machine gives the same models.
+    """
     torch.manual_seed(seed)
     base = text._load(text._base())
     token = text._tokenizer().convert_tokens_to_ids(TOKEN)
@@ -116,11 +120,12 @@ def one_seed(seed: int, steps: int, mask_steps: int, inversion_steps: int, rows:
     def plain(lam: float) -> dict[str, Tensor]:
         return masked_merge(origin, vectors, [lam] * len(vectors))
 
+    triggers = {ATTACKED: [trigger]}
     merged = copy.deepcopy(base)
     scores = {}
     for lam in LAMBDAS:
         merged.load_state_dict(plain(lam), strict=False)
-        scores[lam] = measure(merged, asked, validation, {ATTACKED: [trigger]}, forward).mean_accuracy
+        scores[lam] = measure(merged, asked, validation, triggers, forward).mean_accuracy
     chosen = max(scores, key=lambda lam: scores[lam])
 
     def planted(inputs: Tensor) -> Tensor:
@@ -129,9 +134,37 @@ def one_seed(seed: int, steps: int, mask_steps: int, inversion_steps: int, rows:
         row = table().weight[token].expand(len(inputs), 1, -1)
         return torch.cat([inputs[:, :1], row, inputs[:, 2:]], 1)
 
-    found: dict[str, Any] = {}
-    facts: dict[str, Any] = {"λ": chosen, "validation accuracy": scores}
+    settings = {"steps": steps, "mask_steps": mask_steps, "inversion_steps": inversion_steps, "rows": rows}
+    report = json.loads(kept.read_text()) if kept.is_file() else {}
+    if report.get("facts", {}).get("settings") != settings:
+        curve, before = {}, {}
+        for lam in LAMBDAS:
+            merged.load_state_dict(plain(lam), strict=False)
+            curve[f"{lam:g}"] = measure(merged, asked, tests, triggers, forward).as_dict()
+        before[f"plain merge, λ = {chosen}"] = curve[f"{chosen:g}"]
+        alone = {
+            task: measure(model, asked, {task: tests[task]}, triggers if task == ATTACKED else {}, forward)
+            for task, model in models.items()
+        }
+        report = {
+            "note": NOTE,
+            "rows": before,
+            "plain_merge_curve": curve,
+            "facts": {
+                "settings": settings,
+                "λ": chosen,
+                "validation accuracy": scores,
+                "individual": {
+                    "accuracy": sum(own.accuracy[task].value for task, own in alone.items()) / len(alone),
+                    "success": alone[ATTACKED].success[ATTACKED].value,
+                },
+                "base": measure(base, asked, tests, triggers, forward).as_dict(),
+            },
+        }
+        kept.write_text(json.dumps(report))
     for name, options in ROWS.items():
+        if name in report["rows"]:
+            continue
         known = {"known_triggers": {ATTACKED: [planted]}} if options.get("safety_source") == "known" else {}
         began = time.perf_counter()
         result = dam_merge(
@@ -143,32 +176,20 @@ def one_seed(seed: int, steps: int, mask_steps: int, inversion_steps: int, rows:
             config=DamConfig(lam0=chosen, mask_steps=mask_steps, inversion_steps=inversion_steps, **options, **known),
             seed=seed,
         )
-        found[name] = result.state_dict
-        facts[name] = {"seconds": round(time.perf_counter() - began, 1), "warnings": result.warnings}
+        spent = round(time.perf_counter() - began, 1)
+        merged.load_state_dict(result.state_dict)
+        report["rows"][name] = measure(merged, asked, tests, triggers, forward).as_dict()
+        report["facts"][name] = {"seconds": spent, "warnings": result.warnings}
         if result.scan:
-            facts[name]["scan"] = result.scan
-    state = copy.deepcopy(base).state_dict()
-    report = security_report(
-        {f"plain merge, λ = {chosen}": {**state, **plain(chosen)}},
-        found,
-        heads=heads,
-        tests=tests,
-        triggers={ATTACKED: trigger},
-        base=base,
-        models={task: dict(model.named_parameters()) for task, model in models.items()},
-        lambdas=LAMBDAS,
-        forward=forward,
-    )
-    alone = {
-        task: measure(model, asked, {task: tests[task]}, {ATTACKED: [trigger]} if task == ATTACKED else {}, forward)
-        for task, model in models.items()
-    }
-    facts["individual"] = {
-        "accuracy": sum(own.accuracy[task].value for task, own in alone.items()) / len(alone),
-        "success": alone[ATTACKED].success[ATTACKED].value,
-    }
-    facts["base"] = measure(base, asked, tests, {ATTACKED: [trigger]}, forward).as_dict()
-    return {**report.as_dict(), "facts": facts}
+            report["facts"][name]["scan"] = result.scan
+        kept.write_text(json.dumps(report))
+        own = report["rows"][name]
+        print(
+            f"seed {seed}, {name}: accuracy {own['mean_accuracy']:.3f}, attack success {own['mean_success']:.3f}, {spent} s",
+            file=sys.stderr,
+            flush=True,
+        )
+    return report
 
 
 def summary(out: Path) -> str:
@@ -208,11 +229,10 @@ def main(arguments: list[str] | None = None) -> str:
     for seed in map(int, chosen.seeds.split(",")):
         file = chosen.out / f"seed-{seed}.json"
         if not file.is_file():
-            file.write_text(
-                json.dumps(
-                    one_seed(seed, chosen.steps, chosen.mask_steps, chosen.inversion_steps, chosen.rows), indent=1
-                )
-            )
+            kept = chosen.out / f"part-{seed}.json"
+            made = one_seed(seed, chosen.steps, chosen.mask_steps, chosen.inversion_steps, chosen.rows, kept)
+            file.write_text(json.dumps(made, indent=1))
+            kept.unlink()
     told = summary(chosen.out)
     (chosen.out / "dam-text.txt").write_text(told + "\n")
     print(told)
