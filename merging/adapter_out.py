@@ -1071,10 +1071,13 @@ def merge_to_adapter(
     kept = Rank.parse(rank)
     if recipe.base is None:
         raise RecipeError("base: an adapter is a change to a base; name it")
-    if recipe.tokenizer is not None or recipe.chat_template is not None or recipe.stages or not recipe.is_whole:
+    keys = ("slices", "modules", "stages", "tokenizer", "chat_template")
+    given = [key for key in keys if getattr(recipe, key)]
+    if given:
         raise RecipeError(
-            "slices, modules, stages, tokenizer, chat_template: they make another model of the base, and an adapter leaves its "
-            "base as it is. Write a checkpoint, then `taskvec extract-lora`."
+            f"{', '.join(given)}: an adapter changes the tensors of its base as they are, and with {' and '.join(given)} the "
+            "result may have other layers, rows or parts than the base. Write a checkpoint (without --out-adapter); where it has "
+            "the base's shapes after all, `taskvec extract-lora BASE CHECKPOINT OUT` makes the adapter."
         )
     if recipe.resize or recipe.exclude:
         raise RecipeError("resize, exclude: they change the base, and an adapter leaves its base as it is")

@@ -1,10 +1,14 @@
 """`merge(recipe, out)`: the one function most people call; and `verify`, which checks what it made."""
 
+import fcntl
+import glob
 import json
 import os
 import platform
+import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
@@ -99,13 +103,13 @@ def _in_stages(recipe: Recipe, out: Path, run: _Run) -> Merged:
         return _merged(assemble(recipe, out, overwrite=run.overwrite), out, run)
     staged(recipe, out, overwrite=run.overwrite)  # whatever is wrong anywhere is told before anything is made
     existing = next(folder for folder in out.parents if folder.exists())
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.stages-", dir=existing) as place:
+    with _stage_folder(existing, out, run.notice) as place:
         made: dict[str, TensorSource] = {}
         facts: dict[str, Any] = {}
         for name, stage in in_order(recipe).items():
             run.notice(f"stage {name}")
             inner = assemble(stage, opened=Opened(made))
-            path = Path(place) / f"{len(made)}"
+            path = place / f"{len(made)}"
             facts[name] = _merged(inner, path, _Run(False, False, run.progress, run.notice), cached=True).provenance
             checkpoint = Checkpoint.open(path)
             checkpoint.label = name
@@ -113,6 +117,22 @@ def _in_stages(recipe: Recipe, out: Path, run: _Run) -> Merged:
         last = recipe.model_copy(update={"stages": {}})
         assembly = assemble(last, out, overwrite=run.overwrite, opened=Opened(made))
         return _merged(assembly, out, run, recipe=recipe, stages=facts)
+
+
+@contextmanager
+def _stage_folder(parent: Path, out: Path, notice: Callable[[str], None]) -> Iterator[Path]:
+    """A folder for the results of stages, removed at the end; those that killed runs left are removed first.
+
+    A run holds a lock in its folder, so one whose lock is free is nobody's.
+    """
+    for old in sorted(parent.glob(f".{glob.escape(out.name)}.stages-*/lock")):
+        with old.open("rb") as held, suppress(BlockingIOError):
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            notice(f"found {old.parent.name} of an interrupted run: removed")
+            shutil.rmtree(old.parent)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.stages-", dir=parent) as place, (Path(place) / "lock").open("wb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield Path(place)
 
 
 def _merged(

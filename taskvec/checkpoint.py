@@ -680,6 +680,23 @@ def _companions(folder: Path) -> tuple[Path, ...]:
     return tuple(found)
 
 
+def not_of_a_model(folder: Path) -> list[str]:
+    """What lies in a folder beside the weights and files of a model: what a new model in its place would destroy."""
+    model = ("additional_chat_templates", "1_Pooling")
+    return [
+        path.name + ("/" if path.is_dir() else "")
+        for path in sorted(folder.iterdir())
+        if (path.is_dir() and path.name not in model)
+        or (
+            not path.is_dir()
+            and not path.name.startswith((".", "README", "LICENSE"))
+            and path.suffix not in (".safetensors", ".py", ".lock")
+            and not path.name.startswith("pytorch_model")
+            and not _COMPANION.search(path.name)
+        )
+    ]
+
+
 def _from_hub(label: str, revision: str | None) -> Path:
     if not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", label):
         raise NotFoundError(f"{label}: no such file or folder.")

@@ -8,6 +8,7 @@ one OUT apart, and a journal of finished shards lets an interrupted run be resum
 import ctypes
 import errno
 import fcntl
+import glob
 import json
 import os
 import re
@@ -24,7 +25,15 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from taskvec.checkpoint import SAFETENSORS_NAMES, SEGMENT, Checkpoint, SegmentDigest, combined_hash, raw_bytes
+from taskvec.checkpoint import (
+    SAFETENSORS_NAMES,
+    SEGMENT,
+    Checkpoint,
+    SegmentDigest,
+    combined_hash,
+    not_of_a_model,
+    raw_bytes,
+)
 from taskvec.direct import BLOCK, DirectFile, DirectWrites
 from taskvec.errors import (
     DiskFullError,
@@ -211,7 +220,7 @@ class CheckpointWriter:
 
     def _prepare(self, resume: bool) -> None:
         """Makes the folder to write into; deals with what an earlier run left."""
-        stale = sorted(self.out.parent.glob(self.out.name + ".partial-*"))
+        stale = sorted(self.out.parent.glob(glob.escape(self.out.name) + ".partial-*"))
         wanted = self._partial
         for path in stale:
             if resume and self._fingerprint and path == wanted:
@@ -606,6 +615,13 @@ def check_output(out: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
             )
         ):
             raise OutputError(f"{out}: holds other things than a model; refusing to replace it. Choose another name.")
+        if out.is_dir() and (others := not_of_a_model(out)):
+            raise OutputError(
+                f"{out}: holds more than a model ({shortened(others)}), which replacing it would destroy. Move that away, or "
+                "choose another name."
+            )
+        if out.is_file() and out.suffix != ".safetensors":
+            raise OutputError(f"{out}: is a file, and no model; refusing to replace it. Choose another name.")
     parent = next(folder for folder in out.parents if folder.exists())
     if not parent.is_dir():
         raise OutputError(f"{out}: {parent} is not a folder.")

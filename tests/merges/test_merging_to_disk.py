@@ -344,3 +344,21 @@ def test_tokenizers_with_other_vocabularies_are_warned_of(zoo, tmp_path):
     made = carry_out(zoo.recipe(), tmp_path / "out")
     assert [w for w in made.warnings if "ft1: its tokenizer has another vocabulary" in w]
     assert not [w for w in made.warnings if "ft2: its tokenizer" in w]
+
+
+def test_what_a_killed_run_left_of_its_stages_is_removed_and_a_living_one_is_left_alone(zoo, tmp_path):
+    import fcntl
+
+    dead, living = (tmp_path / f".out.stages-{name}" for name in ("dead", "living"))
+    for folder in (dead, living):
+        folder.mkdir()
+        (folder / "lock").touch()
+    stages = {"first": {"base": str(zoo.base), "tasks": [str(zoo.tuned[0])], "method": "task_arithmetic"}}
+    data = zoo.recipe(tasks=["first", str(zoo.tuned[1])], stages=stages)
+    said: list[str] = []
+    with (living / "lock").open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        carry_out(data, tmp_path / "out", notice=said.append)
+    assert any("found .out.stages-dead of an interrupted run: removed" in text for text in said)
+    assert not dead.exists() and living.is_dir() and (tmp_path / "out").is_dir()
+    assert len(list(tmp_path.glob(".out.stages-*"))) == 1

@@ -120,6 +120,31 @@ def test_an_existing_output_is_refused_and_replaced_only_on_request(zoo, tmp_pat
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    "other", ["checkpoint-500/optimizer.pt", "optimizer.pt", "notes.md", ".git/HEAD", "plots/a.png"]
+)
+def test_a_model_with_other_things_beside_it_is_not_replaced(zoo, tmp_path, other):
+    write(Checkpoint.open(zoo.base), tmp_path / "out")
+    (tmp_path / "out" / other).parent.mkdir(exist_ok=True)
+    (tmp_path / "out" / other).write_text("x")
+    with pytest.raises(OutputError, match=f"holds more than a model .{other.split('/')[0]}.*would destroy"):
+        write(Checkpoint.open(zoo.tuned[0]), tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / other).read_text() == "x"
+
+
+def test_a_file_that_is_no_model_is_not_replaced(zoo, tmp_path):
+    (tmp_path / "thesis").write_text("x")
+    with pytest.raises(OutputError, match="is a file, and no model"):
+        write(Checkpoint.open(zoo.base), tmp_path / "thesis", overwrite=True)
+    assert (tmp_path / "thesis").read_text() == "x"
+
+
+def test_partial_outputs_of_other_names_are_left_alone(zoo, tmp_path):
+    (tmp_path / "out1.partial-7").mkdir()
+    write(Checkpoint.open(zoo.base), tmp_path / "out?")
+    assert (tmp_path / "out1.partial-7").is_dir()
+
+
 def test_a_folder_with_other_things_is_not_replaced(zoo, tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("x")
