@@ -340,9 +340,11 @@ def _load(model: str, dtype: str | None, device: str) -> tuple[Any, Any]:
     """The model (in its stored dtype unless told otherwise) and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from merging.learn.atlas import device_named
     from taskvec.errors import NotAModelError, NotFoundError
     from taskvec.precision import dtype_named
 
+    place = device_named(device)
     if Path(model).exists() and not (Path(model) / "config.json").is_file():
         raise NotAModelError(f"{model}: no config.json; a folder that transformers can load is needed to edit a model.")
     try:
@@ -352,7 +354,7 @@ def _load(model: str, dtype: str | None, device: str) -> tuple[Any, Any]:
         raise NotFoundError(
             f"{model}: transformers cannot load it as a causal model with a tokenizer ({error})."
         ) from error
-    return loaded.to(device).eval(), tokenizer
+    return loaded.to(place).eval(), tokenizer
 
 
 def _prepared(model: str, options: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:

@@ -196,7 +196,7 @@ def setup(config: LearnConfig) -> Setup:
     from taskvec.checkpoint import Checkpoint, content_hash
 
     config = config.resolved()
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_named(config.device)
     base = Checkpoint.open(config.base)
     model = _model(config).to(device=device, dtype=getattr(torch, config.dtype))
     names = names_in_checkpoint(model, base)
@@ -386,6 +386,22 @@ def _vectors(
 
 
 # -- heads and objectives ----------------------------------------------------------------------------------------------
+
+
+def device_named(name: str | None) -> torch.device:
+    """The device of that name; by default the GPU, where there is one.
+
+    Raises:
+        UsageError: it is none, or not there.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise UsageError(f"device: {name!r} is not a device; write cpu, cuda or cuda:1.") from None
+    there = torch.cuda.device_count() if device.type == "cuda" else 0
+    if device.type == "cuda" and (device.index or 0) >= there:
+        raise UsageError(f"device: {name!r} is not there (CUDA devices found: {there}); use cpu.")
+    return device
 
 
 def _heads(config: LearnConfig, device: torch.device) -> dict[str, Callable[[Tensor], Tensor]]:

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from merging.learn.atlas import _data, _heads, _model, _tokenizer, _vectors, names_in_checkpoint
+from merging.learn.atlas import _data, _heads, _model, _tokenizer, _vectors, device_named, names_in_checkpoint
 from merging.learn.config import DataSpec, LearnConfig
 from merging.learn.dam import DamResult, dam_merge
 from merging.learn.dam_config import DamConfig
@@ -153,7 +153,7 @@ def learn_dam(config: DamFile, out: "str | Path") -> DamResult:
 
     if Path(out).exists():
         raise OutputExistsError(f"{out}: exists already. Choose another name, or delete it to learn anew.")
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_named(config.device)
     base = Checkpoint.open(config.base)
     model = _model(config).to(device=device, dtype=getattr(torch, config.dtype))
     names = names_in_checkpoint(model, base)
@@ -211,7 +211,7 @@ def evaluate_security(config: SecurityFile) -> SecurityReport:
         if task not in config.tests:
             raise RecipeError(f"triggers.{task}: is not in tests.{did_you_mean(task, config.tests)}")
     learn = config.as_learn()
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_named(config.device)
     base = Checkpoint.open(config.base)
     model = _model(learn).to(device)
     names = names_in_checkpoint(model, base)

@@ -248,9 +248,10 @@ def texts(
     for column in [*columns, *([label] if label else [])]:
         missing = [i for i, row in enumerate(found) if row.get(column) is None]
         if missing:
+            first = found[missing[0]]
+            hint = " It is null there." if column in first else did_you_mean(column, first)
             raise DataError(
-                f"{name}: {len(missing)} of {len(found)} rows have no {column!r} (first: row {missing[0] + 1})."
-                + did_you_mean(column, found[missing[0]])
+                f"{name}: {len(missing)} of {len(found)} rows have no {column!r} (first: row {missing[0] + 1}).{hint}"
             )
     contents: list[str | tuple[str, str]] = [
         str(row[columns[0]]) if len(columns) == 1 else (str(row[columns[0]]), str(row[columns[1]])) for row in found

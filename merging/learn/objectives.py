@@ -145,6 +145,15 @@ def rows_of(batch: Any) -> int:
     return 0
 
 
+def _one_prediction_each(logits: Tensor, name: str) -> None:
+    """Refuses outputs that are not one row of logits for each example: a mean over tokens would count padding."""
+    if logits.dim() != 2:
+        raise UsageError(
+            f"{name}: the model gives {list(logits.shape)}; expected one row of logits for each example, [example, class]. "
+            "Load a classifier, or give a pool (first, mean) and heads; for language models there is objective causal_lm."
+        )
+
+
 # -- objectives --------------------------------------------------------------------------------------------------------
 
 
@@ -190,6 +199,7 @@ class Supervised(_Headed):
                 yield Term(self.name, found.sum(), float(found.numel()))
             return
         labels = labels.to(output.device)
+        _one_prediction_each(output, self.name)
         if not labels.is_floating_point():
             check_labels(labels, output.shape[-1], self.name)
             count: Tensor | float = (labels != -100).sum() if bool((labels == -100).any()) else float(labels.numel())
@@ -214,7 +224,9 @@ class Entropy(_Headed):
 
     def terms(self, model: nn.Module, batch: Batch) -> Iterator[Term]:
         inputs, _ = split(batch)
-        entropy = softmax_entropy(self.logits(model, inputs))
+        logits = self.logits(model, inputs)
+        _one_prediction_each(logits, self.name)
+        entropy = softmax_entropy(logits)
         yield Term(self.name, entropy.sum(), float(entropy.numel()))
 
 
