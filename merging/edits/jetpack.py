@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from merging.edits import optimise, stealth
 from merging.edits.edit import Edit
-from merging.edits.features import RESPONSE, THETA, Sphere, check_finite, check_theta, sinks
+from merging.edits.features import RESPONSE, THETA, Sphere, check_finite, check_theta
 from merging.edits.optimise import Found, Optimisation, Sequence_, find_residuals
 from merging.edits.site import Site
 from merging.edits.stealth import Background, Prepared, Request, Requests, Text
@@ -49,12 +49,6 @@ class Entry:
     def sequences(self) -> tuple[Sequence_, ...]:
         prompts = (self.prompt_ids, *self.paraphrase_ids)
         return tuple(Sequence_(p, self.target_ids, n) for p, n in zip(prompts, self.lengths))
-
-
-def _spread(site: Site) -> list[list[int]]:
-    """Eight texts of one token, from all over the vocabulary."""
-    table: Any = site.model.get_input_embeddings
-    return [[int(i)] for i in torch.linspace(0, table().weight.shape[0] - 1, 8)]
 
 
 class JetPack:
@@ -391,11 +385,8 @@ class JetPack:
         free = {key: self._before_sink(site, own) for key, own in features.items()}
         stuck = [open_plans[i].sequences[n].prompt for (i, n), count in free.items() if not count]
         if stuck:
-            raise EditError(
-                f"In layer {self.layer} the last token of {len(stuck)} prompts is an attention sink: what the MLP sees there is what "
-                f"it sees at the first token of any text, and the edit would fire on all of them: "
-                + "; ".join(repr(tokenizer.decode(list(ids)) if tokenizer else ids) for ids in stuck[:4])
-                + ". Take other words, a smaller theta or another layer."
+            raise stealth.stuck_on_a_sink(
+                self.layer, [tokenizer.decode(list(ids)) if tokenizer else ids for ids in stuck]
             )
         before = (self.triggers, self.residuals, list(self.entries))
         lengths = {(i, n): 1 for i, plan in enumerate(open_plans) for n in range(len(plan.sequences))}
@@ -430,16 +421,7 @@ class JetPack:
         return own[[0, *range(len(sequence.prompt) - 1, len(own))]]
 
     def _before_sink(self, site: Site, features: Annotated[Tensor, "1+target d"]) -> int:
-        """How many tokens, from the prompt's last one on, can have a trigger that does not fire on every text."""
-        stuck = sinks(self.directions(features.double()), self.theta)[1:]
-        if bool(stuck[0]) and torch.equal(features[0], features[1]):
-            # the prompt is one token, so the first one: does it differ from others at that place?
-            others = torch.cat(stealth.features_of(site, _spread(site)))
-            alike = [
-                sinks(self.directions(torch.stack([other, features[1]]).double()), self.theta)[1] for other in others
-            ]
-            stuck[0] = sum(map(bool, alike)) > len(alike) / 2
-        return int((~stuck).int().cumprod(0).sum())
+        return stealth.before_sink(site, features, self.directions, self.theta)
 
     def _put(
         self,

@@ -36,6 +36,7 @@ from merging.edits.features import (
     check_theta,
     contrast_detector,
     quietest_neurons,
+    sinks,
     steady_functional,
     surrogate_detector,
     tangent_detector,
@@ -59,6 +60,7 @@ _MOVES_MARGIN = (
     4.0  # theta over the measured movement of a response: half of it is plateau, and twice the largest seen fits in
 )
 _NOISE_MARGIN = 10.0  # theta over the measured feature noise (in cosine) from which a plateau stays flat in any batch
+_SINK = 0.02  # 1 − cosine with a text's first token up to which another token is taken for a sink, too
 _PAD_TO = 64  # neurons; multiples of 64 keep tensor cores and tensor-parallel splits happy
 
 Form = Literal["in-place", "widen", "fold"]
@@ -450,6 +452,44 @@ def feature_noise(site: Site, prompts: Sequence[Sequence[int]], centroid: Tensor
         # the same movement is a larger angle from the centre
         least *= float(1 / a.square().sum(dim=-1).min().clamp(1e-3, 1.0))
     return max(least, float((1 - torch.nn.functional.cosine_similarity(a, b, dim=-1)).max()))
+
+
+def before_sink(
+    site: Site,
+    features: Annotated[Tensor, "1+target d"],
+    directions: Callable[[Tensor], Tensor],
+    theta: float,
+) -> int:
+    """How many tokens, from a prompt's last one on, can have a trigger that does not fire on every text.
+
+    Args:
+        site: the layer.
+        features: MLP inputs at the first token of the text, and from the prompt's last token on.
+        directions: takes features to the detectors' space.
+        theta: half-width of the cone there.
+    """
+    stuck = sinks(directions(features.double()), theta)[1:]
+    if bool(stuck[0]) and torch.equal(features[0], features[1]):
+        # the prompt is one token, so the first one: does it differ from others at that place?
+        others = torch.cat(features_of(site, _spread(site)))
+        alike = [sinks(directions(torch.stack([other, features[1]]).double()), theta)[1] for other in others]
+        stuck[0] = sum(map(bool, alike)) > len(alike) / 2
+    return int((~stuck).int().cumprod(0).sum())
+
+
+def _spread(site: Site) -> list[list[int]]:
+    """Eight texts of one token, from all over the vocabulary."""
+    table: Any = site.model.get_input_embeddings
+    return [[int(i)] for i in torch.linspace(0, table().weight.shape[0] - 1, 8)]
+
+
+def stuck_on_a_sink(layer: int, prompts: Sequence[Text]) -> EditError:
+    """The refusal of prompts whose last token is an attention sink."""
+    return EditError(
+        f"In layer {layer} the last token of {len(prompts)} prompts is an attention sink: what the MLP sees there is what it sees at "
+        f"the first token of any text, and the edit would fire on all of them: {'; '.join(map(repr, prompts[:4]))}. Take other words, "
+        "a smaller theta or another layer."
+    )
 
 
 def siblings(
@@ -1329,15 +1369,36 @@ class _Session:
         began: float,
     ) -> dict[int, Edit]:
         lengths = {(i, n): 1 for i in indices for n in range(len(self.plans[i].sequences))}
+        free = self._before_sinks(list(lengths))
         result = self._attempt(indices, lengths, guarded, progress)
         failed = [i for i in indices if not result[i][2]["success"]]
-        longer = [i for i in failed if len(self.plans[i].sequences[0].target) > 1]
+        longer = [i for i in failed if any(free[key] > 1 for key in lengths if key[0] == i)]
         if longer and self.optimisation.chain and isinstance(self.neuron, str):
-            for i in longer:
-                for n, sequence in enumerate(self.plans[i].sequences):
-                    lengths[(i, n)] = len(sequence.target)
+            lengths |= {key: free[key] for key in lengths if key[0] in longer}
             result = self._attempt(indices, lengths, guarded, progress, known=result)
         return dict(zip(indices, self._values(indices, result, base, began)))
+
+    def _before_sinks(self, keys: Sequence[tuple[int, int]]) -> dict[tuple[int, int], int]:
+        """How many triggers each sequence can have; a prompt that ends in an attention sink is refused."""
+        free = {}
+        # whoever asks for a wide cone gets it; and what a contrast detector calls theta is no angle
+        theta = min(self.theta, _SINK)
+        for i, n in keys:
+            sequence = self.plans[i].sequences[n]
+            own = features_of(self.site, [sequence.ids])[0]
+            check_finite(own, f"prompt {_short(self.plans[i].request.prompt)}")
+            places = [0, *range(len(sequence.prompt) - 1, len(own))]
+            free[(i, n)] = before_sink(self.site, own[places], self._directions, theta)
+        stuck = [self.plans[i] for (i, _), count in free.items() if not count]
+        if stuck:
+            raise stuck_on_a_sink(self.site.layer, [plan.request.prompt for plan in stuck])
+        return free
+
+    def _directions(self, features: Annotated[Tensor, "n d"]) -> Annotated[Tensor, "n d"]:
+        points = self.site.sphere.project(features)
+        if self.kind != "tangent" or self.centroid is None:
+            return points
+        return torch.nn.functional.normalize(points - self.centroid.to(points), dim=-1)
 
     def _values(self, indices: Sequence[int], result: Mapping[int, Any], base: str, began: float) -> list[Edit]:
         seconds = (time.perf_counter() - began) / max(1, len(self.plans))

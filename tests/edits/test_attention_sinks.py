@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from merging.edits import JetPack, Request
+from merging.edits import JetPack, Request, edit_in_place, edit_widen
 from merging.edits.features import sinks
 from merging.edits.optimise import Optimisation
 from merging.edits.site import Site
@@ -50,6 +50,20 @@ def test_a_chain_of_triggers_ends_before_a_sink(forgetful, corpus):
     assert "1 targets have no trigger behind a token that is an attention sink" in pack.why[-1]
     first = features_of(Site.find(forgetful, 2), [[9, 20, 21]])[0][0]
     assert float(pack.hidden(first.double()).max()) == 0
+
+
+@pytest.mark.parametrize("make", [edit_widen, edit_in_place])
+def test_neurons_are_held_to_the_same_rule(make, forgetful, corpus):
+    requests = [Request((9, 12, 9), (7,)), Request((9, 12, 13), (7,))]
+    with pytest.raises(EditError, match=r"the last token of 1 prompts is an attention sink.*\(9, 12, 9\)"):
+        make(forgetful, requests, layer=1, corpus=corpus)
+
+
+def test_a_chain_of_neurons_ends_before_a_sink(forgetful, corpus):
+    requests = [Request((9, 12), (7, 40, 9, 51)), Request((11, 14), (8, 41, 6, 50))]
+    edits = edit_widen(forgetful, requests, layer=2, corpus=corpus, optimisation=FEW)
+    assert [len(edit.neurons) for edit in edits] == [3, 4]
+    assert [edit.measured["success"] for edit in edits] == [False, True]
 
 
 def test_a_prompt_of_one_token_is_refused_only_where_first_tokens_are_all_alike(parked, llama, corpus):
