@@ -376,7 +376,8 @@ def removal_effects_at(
         # the lowest layer's output is where the graph begins
         leaf = output if output.requires_grad else output.detach().requires_grad_(True)
         seen.append((args[0].detach(), leaf))
-        return leaf
+        # Falcon adds to its MLP's output in place, which a leaf does not allow
+        return leaf.clone()
 
     count, chosen = 0, sorted((ids for ids in sequences if len(ids) > 1), key=len)
     for start in range(0, len(chosen), batch):

@@ -68,6 +68,13 @@ def test_the_effects_of_several_layers_are_those_of_each(deep, corpus):
         torch.testing.assert_close(together, removal_effects(site, corpus[:6]), rtol=1e-4, atol=0)
 
 
+def test_effects_are_found_where_a_layer_adds_to_its_mlps_output_in_place(tiny, corpus):
+    model = tiny("falcon")
+    edit = edit_in_place(model, REQUESTS[0], layer=1, corpus=corpus, optimisation=FEW)
+    assert isinstance(edit, Edit)
+    assert check(model, [edit]).success == 1
+
+
 def test_in_place_takes_the_middle_layer_whose_neurons_are_missed_least(deep, corpus):
     assert middle_layers(9) == [3, 4, 5, 6, 7]
     assert (middle_layers(1), middle_layers(2), middle_layers(3), middle_layers(30)) == (
