@@ -130,7 +130,10 @@ def _stage_folder(parent: Path, out: Path, notice: Callable[[str], None]) -> Ite
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             notice(f"found {old.parent.name} of an interrupted run: removed")
             shutil.rmtree(old.parent)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.stages-", dir=parent) as place, (Path(place) / "lock").open("wb") as held:
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{out.name}.stages-", dir=parent) as place,
+        (Path(place) / "lock").open("wb") as held,
+    ):
         fcntl.flock(held, fcntl.LOCK_EX)
         yield Path(place)
 
