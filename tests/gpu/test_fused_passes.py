@@ -152,3 +152,24 @@ def test_pcb_scores_and_merges_are_the_equations(fused, stacks, size, coarse):
     got = torch.cat([part.flatten() for part in merged.values()]).double().cpu()
     # an entry at the threshold is a difference of nearly equal scores
     assert float(((got - wanted).abs() > 1e-4 * wanted.abs().max()).double().mean()) < 0.01
+
+
+@pytest.mark.parametrize("normalize", [False, True], ids=["sum", "mean"])
+def test_in_ties_a_task_of_negative_weight_votes_with_its_weighted_sign(fused, stacks, normalize):
+    weights = [1.0, -0.3, 2.0]
+    thresholds = flat_of(stacks).abs().median(1).values.tolist()
+    told = Formula("ties", {"thresholds": thresholds, "normalize": normalize})
+    found = {name: torch.full(shape, torch.nan, device=HERE) for name, shape in SHAPES.items()}
+    assert fused.Resident(entries(fused, stacks, weights)).merge(told, found)
+    for name, stack in stacks.items():
+        kept, factors = (
+            torch.tensor(values, dtype=torch.float64, device=HERE).view(3, *[1] * (stack.ndim - 1))
+            for values in (thresholds, weights)
+        )
+        moves = stack.double() * (stack.abs() >= kept) * factors
+        agrees = moves * torch.where(moves.sum(0) >= 0, 1.0, -1.0) > 0
+        wanted = (moves * agrees).sum(0)
+        if normalize:
+            divisor = (agrees * factors).sum(0)
+            wanted = wanted / divisor.where(divisor != 0, 1.0)
+        torch.testing.assert_close(found[name].double(), wanted, rtol=1e-5, atol=1e-6)
