@@ -168,13 +168,18 @@ class CheckpointWriter:
         self._broken: set[tuple[str, int]] = set()
         self._lock = threading.Lock()
         self._finished = False
+        limit = byte_count(shard_size)
+        if limit <= 0:
+            raise UsageError(
+                f"shard_size: {shard_size!r} leaves no room for a tensor. Write it like 5GB, 2GiB or 400MB."
+            )
         check_output(self.out, inputs, overwrite=overwrite)
         self._shards: list[_Shard] = []
         self._direct = None if cached else DirectWrites()
         self._partial = self.out.with_name(f"{self.out.name}.partial-{fingerprint[:12] or 'new'}")
         self._lock_fd = _locked(self.out)
         try:
-            self._plan(byte_count(shard_size))
+            self._plan(limit)
             self._prepare(resume)
             self._check_space()
             for shard in self._shards:

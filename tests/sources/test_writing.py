@@ -216,3 +216,10 @@ def test_sizes_are_read_with_their_units(text, count):
 def test_other_texts_are_not_sizes(text):
     with pytest.raises(UsageError, match="is not a size"):
         byte_count(text)
+
+
+@pytest.mark.parametrize("size", [0, "0GB", -5])
+def test_a_shard_size_that_holds_nothing_is_refused_before_anything_is_made(tmp_path, size):
+    with pytest.raises(UsageError, match="shard_size"):
+        write(in_memory({"w": torch.ones(2)}), tmp_path / "out", shard_size=size)
+    assert list(tmp_path.iterdir()) == []
