@@ -36,9 +36,8 @@ TILE = 1 << 19  # elements a task: with smaller ones threads wait for each other
 TILE_RESIDENT = 1 << 24  # on a GPU launches cost more than cache misses
 PIECES = 5 << 18  # bytes of all inputs that a compiled pass takes at a time: they stay in the second-level cache
 HASHED = 4  # times as many are read at a time where they are hashed too, since each time returns to Python
-SPAN = (
-    1 << 21
-)  # elements of all tasks in a partial result: room for all of them is made, in huge pages, and little used
+# elements of all tasks in a partial result: room for all of them is made, in huge pages, and little of it used
+SPAN = 1 << 21
 HELD = 64 << 20  # bytes of all inputs of a tensor that is read once for several passes, for each worker
 SAMPLE_BLOCK = 256
 
