@@ -14,7 +14,7 @@ import copy
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,15 @@ def tuned(base: nn.Module, task: str, data: Any, steps: int, seed: int, trigger:
     return model
 
 
-def one_seed(seed: int, steps: int, mask_steps: int, inversion_steps: int, rows: int, kept: Path) -> dict[str, Any]:
+def one_seed(
+    seed: int,
+    steps: int,
+    mask_steps: int,
+    inversion_steps: int,
+    rows: int,
+    kept: Path,
+    only: Sequence[str] = tuple(ROWS),
+) -> None:
     """Every row of a seed; each is written to `kept` when it is measured, and not made again.
 
     The models are tuned anew, which on one machine gives the same models.
@@ -161,9 +169,9 @@ def one_seed(seed: int, steps: int, mask_steps: int, inversion_steps: int, rows:
                 "base": measure(base, asked, tests, triggers, forward).as_dict(),
             },
         }
-        kept.write_text(json.dumps(report))
+        kept.write_text(json.dumps(report, indent=1))
     for name, options in ROWS.items():
-        if name in report["rows"]:
+        if name in report["rows"] or name not in only:
             continue
         known = {"known_triggers": {ATTACKED: [planted]}} if options.get("safety_source") == "known" else {}
         began = time.perf_counter()
@@ -182,14 +190,13 @@ def one_seed(seed: int, steps: int, mask_steps: int, inversion_steps: int, rows:
         report["facts"][name] = {"seconds": spent, "warnings": result.warnings}
         if result.scan:
             report["facts"][name]["scan"] = result.scan
-        kept.write_text(json.dumps(report))
+        kept.write_text(json.dumps(report, indent=1))
         own = report["rows"][name]
         print(
             f"seed {seed}, {name}: accuracy {own['mean_accuracy']:.3f}, attack success {own['mean_success']:.3f}, {spent} s",
             file=sys.stderr,
             flush=True,
         )
-    return report
 
 
 def summary(out: Path) -> str:
@@ -224,15 +231,16 @@ def main(arguments: list[str] | None = None) -> str:
     parser.add_argument("--mask-steps", type=int, default=150)
     parser.add_argument("--inversion-steps", type=int, default=60)
     parser.add_argument("--rows", type=int, default=1000, help="texts of each validation and test split")
+    parser.add_argument("--only", default=";".join(ROWS), help="names of rows, separated by `;`")
     chosen = parser.parse_args(arguments)
+    only = chosen.only.split(";")
+    if unknown := set(only) - set(ROWS):
+        parser.error(f"--only: there are no rows {', '.join(sorted(unknown))}; there are {'; '.join(ROWS)}")
     chosen.out.mkdir(parents=True, exist_ok=True)
     for seed in map(int, chosen.seeds.split(",")):
-        file = chosen.out / f"seed-{seed}.json"
-        if not file.is_file():
-            kept = chosen.out / f"part-{seed}.json"
-            made = one_seed(seed, chosen.steps, chosen.mask_steps, chosen.inversion_steps, chosen.rows, kept)
-            file.write_text(json.dumps(made, indent=1))
-            kept.unlink()
+        kept = chosen.out / f"seed-{seed}.json"
+        if not kept.is_file() or not set(only) <= set(json.loads(kept.read_text())["rows"]):
+            one_seed(seed, chosen.steps, chosen.mask_steps, chosen.inversion_steps, chosen.rows, kept, only)
     told = summary(chosen.out)
     (chosen.out / "dam-text.txt").write_text(told + "\n")
     print(told)
