@@ -16,6 +16,7 @@ from torch import Tensor
 from taskvec.deltas import Deltas, Tile
 from taskvec.errors import ParameterError, UsageError, did_you_mean
 from taskvec.plan import Kernel, Plan, formula
+from taskvec.precision import cancelled
 from taskvec.sweep import Role, Scope, Stage, Unit
 
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
@@ -294,15 +295,6 @@ def weighted_mean(tile: Tile) -> Tensor:
     return total.div_(float(weights) if weights.ndim == 0 else weights.to(total).view_as(total))
 
 
-_CANCELS = 1e-6  # 0.1 + 0.2 - 0.3 is 1e-8 in float32; dividing by it would blow noise up
-
-
-def cancelled(weights: Tensor) -> Tensor:
-    """Whether weights [task, …] add up to zero, but for rounding."""
-    wide = weights.double()
-    return wide.sum(0).abs() <= _CANCELS * wide.abs().sum(0)
-
-
 def weighted(tile: Tile) -> Tensor:
     """The task vectors, each times its task weight, [task, *shape]: where a weight stands for a longer task vector."""
     if tile.weights.ndim == 1 and bool((tile.weights == 1).all()):
@@ -378,7 +370,6 @@ __all__ = [
     "Seed",
     "Share",
     "Unweighted",
-    "cancelled",
     "merge_method",
     "method",
     "methods",

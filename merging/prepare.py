@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merging.method import MergeMethod, cancelled, method
+from merging.method import MergeMethod, method
 from merging.recipe import Depth, Gradient, Recipe, TaskSpec, unmatched, value_at
 from merging.stacks import seeded
 from taskvec.blocks import depth_of
@@ -20,7 +20,7 @@ from taskvec.checkpoint import Checkpoint
 from taskvec.deltas import ModelDeltas, Task, WeightsOf
 from taskvec.errors import MismatchError, NotAModelError, Problems, RecipeError, TaskvecError, UsageError, shortened
 from taskvec.plan import Kernel, Plan, formula
-from taskvec.precision import FLOAT8, dtype_named, is_float
+from taskvec.precision import FLOAT8, cancelled, dtype_named, is_float
 from taskvec.source import TensorInfo, TensorSource, names_matching
 from taskvec.sweep import TILE, Options, Scope, Stage, free_memory
 from taskvec.vector import TaskVector, assert_alike, is_task_vector

@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
+
+from taskvec.precision import cancelled
 
 Point = "np.ndarray[Any, np.dtype[np.float64]]"
 
@@ -84,8 +87,7 @@ def combination(stack: Tensor, coefficients: Sequence[float]) -> Tensor:
 def shares_of(weights: Sequence[float]) -> Any:
     """Weights divided by their sum; None where it is zero but for rounding."""
     values = np.asarray(weights, np.float64)
-    total = float(values.sum())
-    return None if abs(total) <= 1e-6 * float(np.abs(values).sum()) else values / total
+    return None if cancelled(torch.from_numpy(values)) else values / float(values.sum())
 
 
 def arc(products: Tensor, position: "float | Tensor", collinear: float = 1e-8) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from taskvec import native
 from taskvec.draws import keys, limit
 from taskvec.native import Combination, Step, Values
 from taskvec.plan import Formula
+from taskvec.precision import cancelled
 
 _STEPS = ("trim", "band", "drop", "factors")
 _WHOLE = ("pcb", "sce")  # their statistics are those of the deltas themselves
@@ -114,7 +115,7 @@ class Chain:
         divisor = factor = None
         if self.combine.name == "weighted mean":
             divisor = float(weights.double().sum(0))
-            if abs(divisor) <= 1e-6 * float(weights.double().abs().sum(0)):
+            if cancelled(weights):
                 return None  # the kernel itself refuses, in its own words
         elif self.combine.name == "plain mean":
             numbers["seen"](own)

@@ -282,6 +282,10 @@ class ModelDeltas:
         """The tasks' sources, in order."""
         return [task.source for task in self._tasks]
 
+    def _sources(self) -> list[TensorSource]:
+        """The base, where there is one, and the tasks' sources."""
+        return [*([] if self.base is None else [self.base]), *self.inputs()]
+
     def plain(self) -> bool:
         """Whether every delta is a whole model less the base, and nothing else."""
         whole = self.base is not None and self.space == "delta" and self._masks is None
@@ -294,7 +298,7 @@ class ModelDeltas:
 
     def compiles(self, name: str) -> bool:
         """Whether compiled passes can take this tensor as it is stored."""
-        sources = [*([self.base] if self.base is not None else []), *(task.source for task in self._tasks)]
+        sources = self._sources()
         return native.readable([s.infos[name].dtype for s in sources if name in s.infos], len(self.tasks))
 
     def weights_of(self, name: str, start: int, stop: int) -> Tensor:
@@ -303,7 +307,7 @@ class ModelDeltas:
 
     def bytes_per_pass(self, names: Iterable[str] | None = None) -> int:
         """Bytes read from the inputs when every merged tensor (or each of these) is read once."""
-        sources = [*([self.base] if self.base is not None else []), *(task.source for task in self._tasks)]
+        sources = self._sources()
         wanted = self.infos if names is None else names
         return sum(source.infos[name].nbytes for name in wanted for source in sources if name in source.infos)
 
@@ -355,7 +359,7 @@ class ModelDeltas:
 
         One that comes several times is left out, since a pass brings its pieces several times; it is hashed by itself.
         """
-        sources = [*([self.base] if self.base is not None else []), *(task.source for task in self._tasks)]
+        sources = self._sources()
         origins = {at: found for at, s in enumerate(sources) if (found := origin_of(s, name)) is not None}
         often = Counter((id(checkpoint), own) for checkpoint, own in origins.values())
         return {

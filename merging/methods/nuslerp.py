@@ -12,6 +12,7 @@ from taskvec.deltas import Deltas, Tile
 from taskvec.errors import ParameterError
 from taskvec.moments import gram
 from taskvec.plan import Plan, formula
+from taskvec.precision import cancelled
 
 
 @merge_method(
@@ -43,7 +44,7 @@ def nuslerp(deltas: Deltas, *, by: Literal["tensor", "row", "column"] = "tensor"
 
     def position_of(weights: Sequence[float]) -> float:
         one, two = weights
-        if abs(one + two) <= 1e-6 * (abs(one) + abs(two)):
+        if cancelled(torch.tensor([one, two], dtype=torch.float64)):
             raise ParameterError("the two task weights add up to zero; nuslerp needs their ratio")
         return two / (one + two)
 
