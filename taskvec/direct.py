@@ -148,8 +148,7 @@ class DirectFile:
                 if error.errno not in _REFUSED:
                     raise
                 break
-        while done < len(data):
-            done += os.pwrite(self._fd, data[done:], offset + done)
+        self._put_plainly(offset + done, data[done:])
 
     def written(self, error: OSError | None) -> None:
         """Tells that one submitted piece is done."""
@@ -179,13 +178,13 @@ class DirectFile:
         if room == BLOCK:
             self._submit(block, np.frombuffer(held, np.uint8))
         else:  # the end of the file is no whole block
-            self._put_end(block, held)
+            self._put_plainly(block, memoryview(held))
 
-    def _put_end(self, offset: int, data: bytearray) -> None:
-        """Writes the file's last bytes, the ordinary way."""
+    def _put_plainly(self, offset: int, data: memoryview) -> None:
+        """Writes bytes the ordinary way."""
         done = 0
         while done < len(data):
-            done += os.pwrite(self._fd, memoryview(data)[done:], offset + done)
+            done += os.pwrite(self._fd, data[done:], offset + done)
 
 
 __all__ = ["BLOCK", "LEAST", "DirectFile", "DirectWrites"]
