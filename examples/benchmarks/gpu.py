@@ -1,6 +1,6 @@
 """Merging on a GPU: our methods beside the authors' forms and beside PyTorch one-liners, with the card's own limits.
 
-    python examples/benchmarks/gpu.py [--json FILE] [--numel 88000000 300000000] [--tasks 8] [--repeats 7]
+    python examples/benchmarks/gpu.py [--json FILE] [--numel 88000000 300000000] [--tasks 8] [--repeats 7] [--shapes [only]]
 
 One command: it draws the task vectors, checks that fast and plain ways agree, then times them, in turns, from call to
 finished result (wall clock, device idle before and after). Medians, ratios, and the highest memory in use. The floor is
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from merging import merge_stacks
+from merging.spectra import svd
 
 CLIP, DENSITY = 1e-4, 0.1
 PASSES = {"task_arithmetic": 1, "ties": 2, "pcb": 3}  # over the inputs, at the least
@@ -208,22 +209,52 @@ def plain_tsv_m(stack: Tensor) -> Tensor:
     return u @ v @ middle @ p @ r
 
 
+def grams_iso_c(stack: Tensor) -> Tensor:
+    """Iso-C on one matrix by the eigenproblem of its Gram matrix."""
+    found = svd(stack.sum(0))
+    return found.values.mean() * found.left @ found.right.T
+
+
+def grams_tsv_m(stack: Tensor) -> Tensor:
+    """TSV-M on one matrix by eigenproblems of Gram matrices, one after the other."""
+    keep = min(stack.shape[1:]) // len(stack)
+    parts = [svd(row, most=keep) for row in stack]
+    lefts, rights = torch.cat([part.left for part in parts], 1), torch.cat([part.right for part in parts], 1)
+    outer = [svd(side, stack.dtype) for side in (lefts, rights)]
+    left, right = (side.left @ side.right.T for side in outer)
+    return left * torch.cat([part.values for part in parts]) @ right.T
+
+
 def shapes_report(repeats: int) -> dict[str, Any]:
-    """Methods that look at one tensor at a time, on ViT-B/32's shapes: all tensors given at once against one by one."""
+    """Methods that look at one tensor at a time, on ViT-B/32's shapes: ours given all tensors, and one by one."""
     zoo = vit_zoo(8)
     pairs = {name: stack[:2] for name, stack in zoo.items()}
     few = {name: stack for name, stack in zoo.items() if name.startswith(("layers.0.", "layers.1."))}
     matrices = [stack for stack in few.values() if stack.ndim == 3]
     runs: dict[str, Callable[[], Any]] = {}
     for method, stacks in (("slerp", pairs), ("karcher", zoo), ("multislerp", zoo)):
-        runs[f"{method}, all at once"] = lambda method=method, stacks=stacks: merge_stacks(method, stacks)  # type: ignore[misc]
+        runs[method] = lambda method=method, stacks=stacks: merge_stacks(method, stacks)  # type: ignore[misc]
         runs[f"{method}, one by one"] = lambda method=method, stacks=stacks: [  # type: ignore[misc]
             merge_stacks(method, {name: stack}) for name, stack in stacks.items()
         ]
-    for method, plain in (("iso_c", plain_iso_c), ("tsv_m", plain_tsv_m)):
+    for method, *others in (("iso_c", grams_iso_c, plain_iso_c), ("tsv_m", grams_tsv_m, plain_tsv_m)):
         runs[f"{method}, 2 layers"] = lambda method=method: merge_stacks(method, few)  # type: ignore[misc]
-        runs[f"{method}, 2 layers, authors' form"] = lambda plain=plain: [plain(stack) for stack in matrices]  # type: ignore[misc]
-    return medians(runs, repeats)
+        for name, plain in zip(("eigenproblems one by one", "authors' form"), others):
+            runs[f"{method}, 2 layers, {name}"] = lambda plain=plain: [plain(stack) for stack in matrices]  # type: ignore[misc]
+    runs["iso_cts, 2 layers"] = lambda: merge_stacks("iso_cts", few)
+    runs["iso_c, 12 layers"] = lambda: merge_stacks("iso_c", zoo)
+    found: dict[str, Any] = medians(runs, repeats)
+    for name, run in found.items():
+        ours = found[", ".join(name.split(", ")[: 2 if "layers" in name else 1])]
+        if run is not ours:
+            run["ratio"] = round(run["ms"] / ours["ms"], 2)
+    two = {name: zoo[f"layers.0.{name}.weight"] for name in ("q", "up")}
+    here = {name: stack.cpu() for name, stack in two.items()}
+    for method in ("iso_c", "tsv_m", "iso_cts"):
+        expected, fast = merge_stacks(method, here), merge_stacks(method, two)
+        apart = max(float((fast[n].cpu() - expected[n]).norm() / expected[n].norm()) for n in two)
+        found[f"{method}, 2 layers"]["apart from the CPU's"] = apart
+    return found
 
 
 def main() -> None:
@@ -232,7 +263,9 @@ def main() -> None:
     parser.add_argument("--numel", type=int, nargs="+", default=[88_000_000, 300_000_000])
     parser.add_argument("--tasks", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--shapes", action="store_true", help="also methods that look at one tensor at a time")
+    parser.add_argument(
+        "--shapes", nargs="?", const="also", choices=("also", "only"), help="methods that look at one tensor at a time"
+    )
     parser.add_argument("--profile", action="store_true", help="also the time of each kernel")
     arguments = parser.parse_args()
     copy = bandwidth()
@@ -247,8 +280,9 @@ def main() -> None:
         result["shapes"] = shapes_report(3)
         print("\nViT-B/32's tensors, 8 tasks (slerp: 2)")
         for name, run in result["shapes"].items():
-            print(f"  {name:36s} {run['ms']:9.3f} ms")
-    for numel in arguments.numel:
+            more = "".join(f"  {key} {value:.3g}" for key, value in run.items() if key.startswith(("ratio", "apart")))
+            print(f"  {name:44s} {run['ms']:9.3f} ms{more}")
+    for numel in () if arguments.shapes == "only" else arguments.numel:
         found = report(
             arguments.tasks, numel, arguments.repeats, reference=numel <= 100_000_000, profiled=arguments.profile
         )

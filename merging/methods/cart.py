@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from merging.method import Number, Patterns, Share, merge_method, plain_mean, weighted_rows
-from merging.spectra import is_weight_matrix, share_of_rank, svd
+from merging.spectra import is_weight_matrix, share_of_rank, svds
 from taskvec.deltas import Deltas, Tile
 from taskvec.plan import Kernel
 
@@ -26,8 +26,9 @@ def cart(deltas: Deltas, *, share: Share = 0.08, gain: Number = 1.0, averaged: P
         if not is_weight_matrix(tile.name, tile.shape, averaged):
             return mean
         keep, total = share_of_rank(share, min(tile.shape)), mean.to(torch.float64, copy=True)
-        for delta in weighted_rows(tile):
-            total.add_(svd(delta.double() - mean, mean.dtype, most=keep).dense(), alpha=gain)
+        rests = (delta.double() - mean for delta in weighted_rows(tile))
+        for part in svds(rests, mean.dtype, most=keep):
+            total.add_(part.dense(), alpha=gain)
         return total.to(mean.dtype)
 
     return kernel

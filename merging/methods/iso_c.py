@@ -5,7 +5,7 @@ from typing import Literal
 from torch import Tensor
 
 from merging.method import Patterns, merge_method, plain_mean
-from merging.spectra import RankWatch, is_weight_matrix, rounding_floor, svd, weights_norm, without_matrices
+from merging.spectra import RankWatch, is_weight_matrix, isometry, rounding_floor, weights_norm, without_matrices
 from taskvec.deltas import Deltas, Tile, rounding_of
 from taskvec.plan import Plan, Report
 
@@ -40,17 +40,13 @@ def iso_c(
         if not is_weight_matrix(tile.name, tile.shape, averaged):
             return plain_mean(tile)
         total = tile.total()
-        found = watch.saw(tile.name, svd(total))
         # independent errors of the tasks add in squares
         least = rounding_floor(tile, rounding_of(deltas, tile.name)) * weights_norm(tile)
-        if rounding == "keep":
-            watch.rounded(tile.name, found, least)
-        else:
-            found = found.above(least)
-        kept = len(found.values)
-        if kept == 0:
+        found = watch.saw(tile.name, isometry(total, floor=least, drop=rounding == "drop"))
+        watch.rounded(tile.name, found.mostly_rounding)
+        if found.kept == 0:
             return total.zero_()
-        mean = found.values.sum() / (kept if mean_over == "rank" else found.full)
-        return (mean * (found.left @ found.right.T)).to(total.dtype)
+        mean = found.total / (found.kept if mean_over == "rank" else found.full)
+        return (mean * found.factor).to(total.dtype)
 
     return kernel

@@ -7,7 +7,16 @@ from pydantic import Field
 from torch import Tensor
 
 from merging.method import Patterns, merge_method, plain_mean, weighted_rows
-from merging.spectra import RankWatch, is_weight_matrix, polar, rounding_floor, svd, weights_norm, without_matrices
+from merging.spectra import (
+    RankWatch,
+    is_weight_matrix,
+    polar,
+    rounding_floor,
+    svd,
+    svds,
+    weights_norm,
+    without_matrices,
+)
 from taskvec.deltas import Deltas, Tile, rounding_of
 from taskvec.plan import Plan, Report
 
@@ -54,16 +63,17 @@ def iso_cts(
         # independent errors of the tasks add in squares
         least = rounding_floor(tile, rounding_of(deltas, tile.name)) * weights_norm(tile)
         if rounding == "keep":
-            watch.rounded(tile.name, total, least)
+            watch.rounded(tile.name, total.mostly_below(least))
         else:
             total = total.above(least)
         parts = []
-        for delta in weighted_rows(tile) if own else ():
-            wide = delta.double()
-            size = float(torch.linalg.matrix_norm(wide))  # rounding is relative to the task vector, not to its rest
-            part = svd(wide - total.left @ (total.left.T @ wide), dtype, size=size, most=own)
+        if own:
+            # rounding is relative to the task vector, not to its rest
+            sizes = [float(torch.linalg.matrix_norm(delta.double())) for delta in weighted_rows(tile)]
+            rests = (delta - total.left @ (total.left.T @ delta) for delta in map(Tensor.double, weighted_rows(tile)))
             # the common directions are known to the sum's rounding only, and so is what they leave
-            parts.append(part if rounding == "keep" else part.above(least))
+            for part in svds(rests, dtype, size=sizes, most=own):
+                parts.append(part if rounding == "keep" else part.above(least))
         parts.append(total)
         values, lefts, rights = (torch.cat(sides, -1) for sides in zip(*((p.values, p.left, p.right) for p in parts)))
         del parts, total

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from merging.method import Count, Patterns, Share, merge_method
-from merging.spectra import is_weight_matrix, share_of_rank, svd
+from merging.spectra import is_weight_matrix, share_of_rank, svds
 from taskvec.deltas import Deltas, Tile
 from taskvec.plan import Kernel
 
@@ -33,9 +33,9 @@ def low_rank(
         if not is_weight_matrix(tile.name, tile.shape, excluded):
             return tile.stack
         result = torch.empty_like(tile.stack)
-        for delta, kept in zip(tile.stack, result):
-            keep = rank if rank is not None else share_of_rank(share, min(tile.shape))
-            found = svd(delta, most=None if energy is not None else keep)
+        keep = rank if rank is not None else share_of_rank(share, min(tile.shape))
+        parts = svds(tile.stack, tile.stack.dtype, most=None if energy is not None else keep)
+        for found, kept in zip(parts, result):
             if energy is not None:
                 total = found.values.square().cumsum(0)
                 keep = int((total < energy * total[-1:]).sum()) + 1

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from merging.method import Patterns, merge_method, plain_mean, weighted_rows
-from merging.spectra import RankWatch, is_weight_matrix, polar, rounding_floor, svd, without_matrices
+from merging.spectra import RankWatch, is_weight_matrix, polar, rounding_floor, svds, without_matrices
 from taskvec.deltas import Deltas, Tile, rounding_of
 from taskvec.plan import Plan, Report
 
@@ -40,13 +40,12 @@ def tsv_m(
             return plain_mean(tile)
         dtype, keep = tile.stack.dtype, max(1, min(tile.shape) // len(tile.tasks))
         parts, floor = [], rounding_floor(tile, rounding_of(deltas, tile.name))
-        for task, delta in enumerate(weighted_rows(tile)):
-            part = svd(delta, dtype, most=keep)
+        for task, part in enumerate(svds(weighted_rows(tile), dtype, most=keep)):
             if part.rank < keep:
                 watch.saw(tile.name, part)
             least = floor * float(tile.weights[task].abs().double().mean())
             if rounding == "keep":
-                watch.rounded(tile.name, part, least)
+                watch.rounded(tile.name, part.mostly_below(least))
             parts.append(part if rounding == "keep" else part.above(least))
         watch.counted(tile.name)
         values, lefts, rights = (torch.cat(sides, -1) for sides in zip(*((p.values, p.left, p.right) for p in parts)))
