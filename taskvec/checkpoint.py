@@ -30,6 +30,7 @@ from taskvec.errors import (
     NotFoundError,
     SourceError,
     UnsafeFileError,
+    UsageError,
     did_you_mean,
     shortened,
 )
@@ -277,6 +278,10 @@ class Checkpoint:
         """
         if isinstance(path_or_hub_id, Mapping | torch.nn.Module):
             return in_memory(path_or_hub_id)
+        if not isinstance(path_or_hub_id, str | os.PathLike) or not os.fspath(path_or_hub_id):
+            raise UsageError(
+                f"{path_or_hub_id!r} is no checkpoint: expected a path, a hub id, a state dict or a torch module"
+            )
         label = os.fspath(path_or_hub_id)
         path = Path(label).expanduser()
         if not path.exists():
@@ -544,6 +549,11 @@ class Checkpoint:
 
     def __repr__(self) -> str:
         return f"Checkpoint({self.label!r}, {len(self.infos)} tensors)"
+
+
+def as_source(model: "TensorSource | str | os.PathLike[str] | Mapping[str, Tensor] | torch.nn.Module") -> TensorSource:
+    """A source as it is; a path, hub id, state dict or module opened (`Checkpoint.open`)."""
+    return model if isinstance(model, TensorSource) else Checkpoint.open(model)
 
 
 # -- hashes ------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taskvec.checkpoint import SEGMENT, Checkpoint, content_hash
+from taskvec.checkpoint import SEGMENT, Checkpoint, as_source, content_hash
 from taskvec.errors import (
     BaseMismatchError,
     MismatchError,
@@ -33,6 +33,8 @@ from taskvec.source import DeltaSource, LowRank, TensorInfo, TensorSource, in_me
 from taskvec.writer import write
 
 FORMAT = "taskvec.task_vector"
+Model = TensorSource | str | os.PathLike[str] | Mapping[str, Tensor] | torch.nn.Module
+"""A source of a model's tensors, or what `Checkpoint.open` makes one of."""
 
 
 class Difference:
@@ -120,20 +122,26 @@ class TaskVector:
     # -- making ------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def between(cls, base: TensorSource, tuned: TensorSource) -> "TaskVector":
+    def between(cls, base: Model, tuned: Model) -> "TaskVector":
         """The task vector `tuned - base`.
+
+        Args:
+            base: a checkpoint or other source, or what `Checkpoint.open` takes: a path, a state dict, a module.
+            tuned: likewise.
 
         Raises:
             MismatchError: tensors missing, unknown or of another shape; every one of them is listed.
         """
-        return cls([(1.0, Difference(base, tuned))], base=base)
+        source = as_source(base)
+        return cls([(1.0, Difference(source, as_source(tuned)))], base=source)
 
     @classmethod
-    def from_adapter(cls, base: TensorSource, adapter: "str | os.PathLike[str]") -> "TaskVector":
+    def from_adapter(cls, base: Model, adapter: "str | os.PathLike[str]") -> "TaskVector":
         """The task vector of a PEFT adapter over its base, kept factored where it is low rank."""
         from taskvec.adapter import Adapter
 
-        return cls([(1.0, Adapter.open(adapter, base))], base=base)
+        source = as_source(base)
+        return cls([(1.0, Adapter.open(adapter, source))], base=source)
 
     @classmethod
     def from_deltas(cls, deltas: Mapping[str, Tensor], *, label: str = "deltas") -> "TaskVector":
@@ -158,25 +166,39 @@ class TaskVector:
     # -- algebra -----------------------------------------------------------------------------------------------------
 
     def __mul__(self, scale: float) -> "TaskVector":
-        if not math.isfinite(scale):
-            raise UsageError(f"scale: {scale} is not a finite number")
+        _assert_finite_scale(scale)
         return TaskVector([(scale * c, term) for c, term in self.terms], base_hash=self._base_hash, base=self._base)
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> "TaskVector":
+        if divisor == 0:
+            raise UsageError("a task vector cannot be divided by zero")
         return self * (1.0 / divisor)
 
     def __neg__(self) -> "TaskVector":
         return self * -1.0
 
     def __add__(self, other: "TaskVector") -> "TaskVector":
-        mine, theirs = self._base_hash, other._base_hash
-        if mine is not None and theirs is not None and mine != theirs:
+        if not isinstance(other, TaskVector):
+            return NotImplemented
+        if self._bases_differ(other):
             raise BaseMismatchError(
                 f"{self.label} and {other.label} are differences to different bases; their sum means nothing."
             )
-        return TaskVector([*self.terms, *other.terms], base_hash=mine or theirs, base=self._base or other._base)
+        known = self._base_hash or other._base_hash
+        return TaskVector([*self.terms, *other.terms], base_hash=known, base=self._base or other._base)
+
+    def _bases_differ(self, other: "TaskVector") -> bool:
+        """Whether two task vectors are known to belong to different bases; models at one path are not hashed for it."""
+        one, two = self._base, other._base
+        if one is not None and two is not None:
+            place = getattr(one, "path", None)
+            if one is two or (place is not None and place == getattr(two, "path", None)):
+                return False
+        elif None in (one or self._base_hash, two or other._base_hash):
+            return False  # differences alone, of a base that nobody named
+        return self.base_hash != other.base_hash
 
     def __radd__(self, other: "TaskVector | int") -> "TaskVector":
         return self if isinstance(other, int) and other == 0 else NotImplemented
@@ -274,14 +296,20 @@ class TaskVector:
             self._base_hash = content_hash(self._base)
         return self._base_hash
 
-    def apply_to(self, base: TensorSource, scale: float = 1.0, *, force: bool = False) -> "Applied":
+    def apply_to(self, base: Model, scale: float = 1.0, *, force: bool = False) -> "Applied":
         """`base + scale * vector` as a source, to be written or read tensor by tensor.
+
+        Args:
+            base: the model to change, as in `between`.
+            scale: what the vector is multiplied by.
+            force: take a base with other content than the one it was made from.
 
         Raises:
             BaseMismatchError: the vector was made from another base, and `force` is not set.
             MismatchError: names or shapes do not fit.
             UsageError: the scale is not finite.
         """
+        base = as_source(base)
         if not force and base is not self._base and self.base_hash is not None and self.base_hash != content_hash(base):
             raise BaseMismatchError(
                 f"{self.label} was made from another base than {base.label} (their content hashes differ). "
@@ -367,7 +395,10 @@ def applied(model: torch.nn.Module, vector: TaskVector, scale: float = 1.0) -> I
 
     Raises:
         MismatchError: the vector names tensors that the model lacks, or of another shape.
+        NonFiniteError: the sum holds NaN or infinity.
+        UsageError: the scale is not finite.
     """
+    _assert_finite_scale(scale)
     state = model.state_dict(keep_vars=True)
     source = in_memory(state, label=type(model).__name__)
     sums = Applied(source, vector)
@@ -379,6 +410,7 @@ def applied(model: torch.nn.Module, vector: TaskVector, scale: float = 1.0) -> I
                 value = state[name]
                 delta = vector.read(name).to(value.device)
                 result = kept[name].to(compute_dtype(value.dtype, delta.dtype)) + scale * delta
+                assert_finite(result, name, sums.label)
                 value.copy_(rounded(result, value.dtype, where=name)[0])
         del sums
         yield model
@@ -394,8 +426,8 @@ def assert_alike(base: TensorSource, others: Mapping[str, TensorSource]) -> None
     Raises:
         MismatchError: names the tensors that are missing, unknown, or of another shape or kind.
     """
-    problems: list[str] = []
-    for label, other in others.items():
+    problems: list[str] = [] if base.infos else [f"{base.label}: there are no tensors in it"]
+    for label, other in others.items() if base.infos else ():
         missing = [n for n in base.infos if n not in other.infos and base.aliases.get(n, n) not in other.infos]
         missing = [
             n for n in missing if not any(to == n and alias in other.infos for alias, to in base.aliases.items())
@@ -428,6 +460,11 @@ def assert_alike(base: TensorSource, others: Mapping[str, TensorSource]) -> None
         ]
     if problems:
         raise MismatchError(problems)
+
+
+def _assert_finite_scale(scale: float) -> None:
+    if not math.isfinite(scale):
+        raise UsageError(f"scale: {scale} is not a finite number")
 
 
 def assert_finite(values: Tensor, name: str, source: str) -> None:

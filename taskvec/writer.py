@@ -30,6 +30,7 @@ from taskvec.checkpoint import (
     SEGMENT,
     Checkpoint,
     SegmentDigest,
+    as_source,
     combined_hash,
     not_of_a_model,
     raw_bytes,
@@ -525,7 +526,7 @@ class CheckpointWriter:
 
 
 def write(
-    source: TensorSource,
+    source: "TensorSource | Mapping[str, Tensor] | torch.nn.Module",
     out: "str | os.PathLike[str]",
     *,
     dtype: "torch.dtype | str | None" = None,
@@ -538,7 +539,7 @@ def write(
     """Streams a source to disk as safetensors: a folder, or one file if `out` ends in `.safetensors`.
 
     Args:
-        source: anything with named tensors; its own dtypes are kept unless `dtype` is given (floats only).
+        source: anything with named tensors (a state dict or module too); its own dtypes are kept unless `dtype` is given (floats only).
         out: the folder or file to make. It appears whole or not at all.
         dtype: stored dtype of floating tensors.
         shard_size: largest size of one file.
@@ -552,7 +553,11 @@ def write(
 
     Raises:
         NonFiniteError: a task vector has NaN or infinity.
+        UsageError: there are no tensors.
     """
+    source = as_source(source)
+    if not source.infos:
+        raise UsageError(f"{source.label}: there are no tensors to write")
     stored = None if dtype is None else dtype_named(dtype)
     kept = getattr(source, "aliases", {})
     infos = {

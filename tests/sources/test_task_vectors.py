@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from taskvec import Checkpoint, TaskVector, applied, in_memory, write
-from taskvec.errors import BaseMismatchError, MismatchError, NotAModelError
+from taskvec.errors import BaseMismatchError, MismatchError, NonFiniteError, NotAModelError, UsageError
 from taskvec.source import LowRank
 
 
@@ -162,3 +162,54 @@ def test_stored_vectors_hold_the_hash_of_their_base(zoo, tmp_path):
     path = vector(zoo).save(tmp_path / "v.safetensors")
     assert TaskVector.load(path).base_hash == Checkpoint.open(zoo.base).content_hash()
     assert set(load_file(path)) == set(zoo.base_state)
+
+
+def test_paths_state_dicts_and_modules_are_taken_where_models_are(zoo, tmp_path):
+    made = TaskVector.between(str(zoo.base), zoo.tuned[0])
+    assert made.norm() == vector(zoo).norm()
+    assert torch.equal(
+        made.apply_to(zoo.base).read("lm_head.weight"),
+        load_file(write(made.apply_to(zoo.base), tmp_path / "o.safetensors"))["lm_head.weight"],
+    )
+    module = torch.nn.Linear(2, 2)
+    assert TaskVector.between(module, {"weight": module.weight + 1, "bias": module.bias}).norm() == pytest.approx(2)
+    write(module, tmp_path / "m.safetensors")
+    assert torch.equal(load_file(tmp_path / "m.safetensors")["bias"], module.bias)
+
+
+@pytest.mark.parametrize("wrong", [None, 5, b"base", ""])
+def test_what_is_no_model_is_said_to_be_none(wrong):
+    with pytest.raises(UsageError, match="is no checkpoint: expected a path, a hub id, a state dict or a torch module"):
+        Checkpoint.open(wrong)
+
+
+def test_vectors_of_different_bases_are_not_added(zoo):
+    other = zoo.tune("other", seed=9)
+    with pytest.raises(BaseMismatchError, match="are differences to different bases"):
+        vector(zoo) + TaskVector.between(Checkpoint.open(other), Checkpoint.open(zoo.tuned[1]))
+    copy = {name: tensor.clone() for name, tensor in zoo.base_state.items()}
+    assert (vector(zoo) + TaskVector.between(copy, zoo.tuned[1])).norm() > 0  # the same content elsewhere
+
+
+def test_wrong_numbers_are_refused_before_a_model_is_touched():
+    module, one = torch.nn.Linear(2, 2), TaskVector.from_deltas({"bias": torch.ones(2)})
+    before = module.bias.detach().clone()
+    for scale in (float("nan"), float("inf")):
+        with pytest.raises(UsageError, match="is not a finite number"), applied(module, one, scale):
+            pass
+    broken = TaskVector.from_deltas({"bias": torch.tensor([1.0, float("nan")])})
+    with pytest.raises(NonFiniteError, match="bias: .* holds 1 NaN or infinite values"), applied(module, broken):
+        pass
+    assert torch.equal(module.bias, before)
+    with pytest.raises(UsageError, match="cannot be divided by zero"):
+        one / 0
+    with pytest.raises(TypeError):
+        one + 1
+
+
+def test_models_without_tensors_are_refused(tmp_path):
+    with pytest.raises(MismatchError, match="there are no tensors in it"):
+        TaskVector.between({}, {})
+    with pytest.raises(UsageError, match="there are no tensors to write"):
+        write({}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
