@@ -1,13 +1,13 @@
 """The Karcher mean: the point of the sphere nearest to all models."""
 
-from functools import cache
+from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from merging.method import Count, Positive, merge_method, task_weights
-from merging.sphere import Sphere, combination, shares_of
+from merging.sphere import Centre, Sphere, combination, settle
 from taskvec.deltas import Deltas, Tile
-from taskvec.errors import ParameterError
 from taskvec.moments import gram
 from taskvec.plan import Plan, Report, formula
 
@@ -27,30 +27,23 @@ def karcher(deltas: Deltas, *, steps: Count = 10, tolerance: Positive = 1e-5) ->
     Raises:
         ParameterError: the task weights add up to zero.
     """
-    sphere = Sphere((yield from gram(len(deltas.tasks))))
-    warnings: list[str] = []
-    yield Report(lambda: {"warnings": sorted(set(warnings))})
 
-    @cache
-    def coefficients(weights: tuple[float, ...]) -> list[float]:
-        shares = shares_of(weights)
-        if shares is None:
-            raise ParameterError("the task weights add up to zero; karcher needs their proportions")
-        point = sphere.mean(shares)
-        if point is None:
-            if sphere.directed.any():
-                warnings.append("directions cancel each other: the plain weighted mean is taken")
-            return [float(share) for share in shares]
-        directed = sphere.among_directed(shares)
+    def walk(sphere: Sphere, points: Any, shares: Any) -> Any:
+        shares = sphere.among_directed(shares)
         for _ in range(steps):
-            tangent = sphere.tangent(point, directed, logarithm=True)
-            if sphere.norm(tangent) < tolerance:
+            tangents = sphere.tangent(points, shares, logarithm=True)
+            lengths = sphere.norms(tangents)
+            moving = lengths >= tolerance  # those that have arrived stay, whatever the others do
+            if not moving.any():
                 break
-            point = sphere.step(point, tangent)
-        return sphere.coefficients(point, float(shares @ sphere.lengths))
+            points = np.where(moving, sphere.step(points, tangents, lengths), points)
+        return points
 
-    @formula("combination", coefficients=lambda weights: coefficients(tuple(weights)))
+    centre = Centre("karcher", (yield from gram(len(deltas.tasks))), walk)
+    yield Report(centre.facts)
+
+    @formula("combination", coefficients=centre.coefficients, of=centre, together=settle)
     def kernel(tile: Tile) -> Tensor:
-        return combination(tile.stack, coefficients(tuple(task_weights(tile, "karcher"))))
+        return combination(tile.stack, centre.coefficients(task_weights(tile, "karcher")))
 
     return kernel

@@ -1,14 +1,12 @@
 """Spherical interpolation of any number of models."""
 
-from functools import cache
+from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from merging.method import merge_method, task_weights
-from merging.sphere import Sphere, combination, shares_of
+from merging.sphere import Centre, Sphere, combination, settle
 from taskvec.deltas import Deltas, Tile
-from taskvec.errors import ParameterError
 from taskvec.moments import gram
 from taskvec.plan import Plan, Report, formula
 
@@ -34,27 +32,16 @@ def multislerp(deltas: Deltas, *, normalize: bool = True) -> Plan:
     Raises:
         ParameterError: the task weights add up to zero.
     """
-    sphere = Sphere((yield from gram(len(deltas.tasks))))
-    warnings: list[str] = []
-    yield Report(lambda: {"warnings": sorted(set(warnings))})
 
-    @cache
-    def coefficients(weights: tuple[float, ...]) -> list[float]:
-        shares = shares_of(weights)
-        if shares is None:
-            raise ParameterError("the task weights add up to zero; multislerp needs their proportions")
-        if not normalize:
-            shares = np.asarray(weights, np.float64)
-        point = sphere.mean(shares)
-        if point is None:
-            if sphere.directed.any():
-                warnings.append("directions cancel each other: the plain weighted sum is taken")
-            return [float(share) for share in shares]
-        point = sphere.step(point, sphere.tangent(point, shares, logarithm=False))
-        return sphere.coefficients(point, float(shares @ sphere.lengths))
+    def walk(sphere: Sphere, points: Any, shares: Any) -> Any:
+        tangents = sphere.tangent(points, shares, logarithm=False)
+        return sphere.step(points, tangents, sphere.norms(tangents))
 
-    @formula("combination", coefficients=lambda weights: coefficients(tuple(weights)))
+    centre = Centre("multislerp", (yield from gram(len(deltas.tasks))), walk, normalize=normalize)
+    yield Report(centre.facts)
+
+    @formula("combination", coefficients=centre.coefficients, of=centre, together=settle)
     def kernel(tile: Tile) -> Tensor:
-        return combination(tile.stack, coefficients(tuple(task_weights(tile, "multislerp"))))
+        return combination(tile.stack, centre.coefficients(task_weights(tile, "multislerp")))
 
     return kernel
