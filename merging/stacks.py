@@ -1,6 +1,8 @@
 """Merging in memory: stacks of deltas in, merged deltas out."""
 
+import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -8,7 +10,7 @@ from torch import Tensor
 
 from merging.method import MergeMethod, method, weighted_sum
 from taskvec.deltas import StackDeltas, Tile, constant
-from taskvec.errors import ParameterError, UsageError
+from taskvec.errors import MismatchError, ParameterError, Problems, UsageError
 from taskvec.sweep import Into, Options, Outcome, Scope, Stage, sweep
 
 Step = "str | tuple[str, Mapping[str, Any]]"
@@ -53,21 +55,31 @@ def merge_stacks(
         parameters: the method's own parameters.
 
     Raises:
-        ParameterError: parameters unknown or out of range.
+        ParameterError: parameters, weights or scale unknown or out of range.
+        MismatchError: stacks that do not fit together.
+        UsageError: no stacks, an unknown method, or too few or many tasks for it.
         NonFiniteError: a stack holds NaN or infinity.
     """
     chosen = method(name)
-    found = {key: stack if isinstance(stack, Tensor) else torch.stack(list(stack)) for key, stack in stacks.items()}
-    count = len(next(iter(found.values()))) if found else 0
-    if not found:
-        raise UsageError("merge_stacks: there are no stacks to merge")
-    if weights is not None and len(weights) != count:
-        raise ParameterError(f"weights: {len(weights)} weights for {count} tasks")
+    found = _stacked(stacks)
+    count = len(next(iter(found.values())))
+    problems = Problems()
+    if weights is not None:
+        weights = _numbers("weights", weights, count, problems)
+    if not _is_number(scale):
+        problems.add(f"scale: {scale!r} is not a finite number")
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
+        problems.add(f"seed: {seed!r} is not a whole number from 0 on")
+    if tasks is not None and len(set(tasks)) < len(tasks):
+        problems.add("tasks: a name is there twice; random draws are told apart by the names")
+    if scope is not None and statistics is None:
+        statistics = "model" if scope == "global" else scope  # type: ignore[assignment]
+    if statistics not in (None, "model", "tensor"):
+        problems.add(f"statistics: {statistics!r} is neither 'model' nor 'tensor'")
+    problems.raise_if_any(ParameterError)
     wrong = chosen.check_tasks(count)
     if wrong:
         raise UsageError(wrong)
-    if scope is not None and statistics is None:
-        statistics = "model" if scope in ("global", "model") else "tensor"
     if contributions and not chosen.contributions:
         raise UsageError(f"{name} has no contributions by task; pcb does")
     deltas = StackDeltas(found, tasks, constant(weights if weights is not None else [1.0] * count), base)
@@ -85,6 +97,52 @@ def merge_stacks(
     )
     _fill(outcome, done)
     return merged
+
+
+def _stacked(stacks: "Mapping[str, Tensor | Sequence[Tensor]]") -> dict[str, Tensor]:
+    """The stacks as tensors [task, *shape]; what else could be wrong with them `StackDeltas` says."""
+    if not isinstance(stacks, Mapping):
+        raise UsageError(f"merge_stacks: expected name -> stack [task, *shape], found a {type(stacks).__name__}")
+    if not stacks:
+        raise UsageError("merge_stacks: there are no stacks to merge")
+    problems, found = Problems(), {}
+    for name, stack in stacks.items():
+        rows = stack if isinstance(stack, Tensor) else list(stack)
+        if isinstance(rows, Tensor):
+            found[name] = rows
+        elif not rows or not all(isinstance(row, Tensor) for row in rows):
+            problems.add(f"{name}: expected a tensor [task, *shape] or one tensor for each task")
+        elif len({(row.shape, row.device) for row in rows}) > 1:
+            kinds = ", ".join(f"{list(row.shape)} on {row.device}" for row in rows)
+            problems.add(f"{name}: the tasks' tensors differ in shape or device ({kinds})")
+        else:
+            found[name] = torch.stack(rows)
+        if name in found and not found[name].ndim:
+            problems.add(f"{name}: a single number; expected a stack [task, *shape]")
+    problems.raise_if_any(MismatchError)
+    if not any(stack.numel() for stack in found.values()) and all(len(stack) for stack in found.values()):
+        raise UsageError("merge_stacks: the stacks hold no numbers")
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return not isinstance(value, bool) and math.isfinite(value)
+    except TypeError:
+        return False
+
+
+def _numbers(what: str, values: Any, count: int, problems: Problems) -> list[float] | None:
+    """One number for each task; what is wrong with them goes to the problems."""
+    found = values.tolist() if hasattr(values, "tolist") else values
+    if isinstance(found, str | Mapping) or not isinstance(found, Sequence):
+        problems.add(f"{what}: expected one number for each of {count} tasks, found {values!r}")
+        return None
+    if len(found) != count:
+        problems.add(f"{what}: found {len(found)} for {count} tasks")
+    wrong = [value for value in found if not _is_number(value)]
+    problems.extend(f"{what}: {value!r} is not a finite number" for value in wrong)
+    return None if problems else [float(value) for value in found]
 
 
 def _fill(outcome: Outcome | None, done: Outcome) -> None:
@@ -108,6 +166,8 @@ def build_stages(
     contributions: bool = False,
 ) -> list[Stage]:
     """The stages of a merge: preprocess, combine, postprocess, their parameters bound and checked."""
+    if isinstance(preprocess, str) or isinstance(postprocess, str):
+        raise UsageError("preprocess, postprocess: expected a list of steps, found a text; write [name]")
     stages = [step_stage(step, "preprocess", tasks, seed) for step in preprocess]
     bound = seeded(chosen, chosen.bound(parameters, tasks), parameters, seed)
     if chosen.role == "postprocess":
@@ -125,7 +185,11 @@ def build_stages(
 def step_stage(step: "str | Mapping[str, Any]", role: str, tasks: int, seed: int) -> Stage:
     """One entry of `preprocess` or `postprocess` as a stage."""
     given = {"method": step} if isinstance(step, str) else dict(step)
-    chosen = method(str(given.pop("method", "")))
+    if "method" not in given:
+        raise UsageError(
+            f"{role}: a step is a name, or a mapping with the key `method` beside its parameters; found {sorted(given)}"
+        )
+    chosen = method(str(given.pop("method")))
     if chosen.role != role:
         raise UsageError(f"{chosen.name} cannot be used as {role}: it is a {chosen.role} method")
     return chosen.stage(seeded(chosen, chosen.bound(given, tasks), given, seed))
@@ -195,10 +259,13 @@ class Contributions:
             weights: λ_i, one for each task; default 1.
             scale: factor for the whole; default the one it was made with.
         """
-        chosen = [1.0] * self.tasks if weights is None else [float(w) for w in weights]
-        if len(chosen) != self.tasks:
-            raise ParameterError(f"weights: {len(chosen)} weights for {self.tasks} tasks")
+        problems = Problems()
+        chosen = [1.0] * self.tasks if weights is None else _numbers("weights", weights, self.tasks, problems)
         factor = self.scale if scale is None else scale
+        if not _is_number(factor):
+            problems.add(f"scale: {factor!r} is not a finite number")
+        problems.raise_if_any(ParameterError)
+        assert chosen is not None
         merged: dict[str, Tensor] = {}
         if self._packed is not None:
             merged = {name: torch.empty(shape, device=device) for name, (shape, device) in self._like.items()}
