@@ -68,7 +68,7 @@ def merge_stacks(
         weights = _numbers("weights", weights, count, problems)
     if not _is_number(scale):
         problems.add(f"scale: {scale!r} is not a finite number")
-    if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
+    if not _is_seed(seed):
         problems.add(f"seed: {seed!r} is not a whole number from 0 on")
     if tasks is not None and len(set(tasks)) < len(tasks):
         problems.add("tasks: a name is there twice; random draws are told apart by the names")
@@ -130,6 +130,10 @@ def _is_number(value: Any) -> bool:
         return not isinstance(value, bool) and math.isfinite(value)
     except TypeError:
         return False
+
+
+def _is_seed(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 0
 
 
 def _numbers(what: str, values: Any, count: int, problems: Problems) -> list[float] | None:
