@@ -140,6 +140,17 @@ static int below_in(const uint32_t *sorted, int count, uint32_t size, int also) 
     return low;
 }
 
+/* AVX2: for each choice of 8 lanes, one byte for each lane: where it comes from so that the chosen lie side by side. */
+static uint64_t gathering[256];
+
+static void make_tables(void) {
+    for (int there = 0; there < 256; there++) {
+        gathering[there] = 0;
+        for (int lane = 0, kept = 0; lane < 8; lane++)
+            if (there >> lane & 1) gathering[there] |= (uint64_t)lane << 8 * kept++;
+    }
+}
+
 #define AVX512 0
 #define NAME(x) x##_avx2
 #pragma GCC push_options
@@ -161,6 +172,7 @@ static int below_in(const uint32_t *sorted, int count, uint32_t size, int also) 
 /* 0: not on this processor; 2: AVX2; 5: AVX-512. */
 int tv_level(void) {
     __builtin_cpu_init();
+    make_tables();
     if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))) return 0;
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")

@@ -1,4 +1,43 @@
-/* The kernels of native.c, included once for each instruction set: NAME(x) gives a function its suffix. */
+/* The kernels of native.c, included once for each instruction set: NAME(x) gives a function its suffix.
+ *
+ * V(x) is the intrinsic x of single precision at this width, LANES its width, `lanes` which of them (one bit each).
+ */
+
+#if AVX512
+#define LANES 16
+#define V(x) _mm512_##x##_ps
+typedef __m512 NAME(vector);
+typedef __mmask16 NAME(lanes);
+#define COMPARED(a, b, how) _mm512_cmp_ps_mask(a, b, how)
+/* The chosen lanes side by side. */
+#define GATHERED(x, there) _mm512_maskz_compress_ps(there, x)
+#define POWER_OF_BITS(x) _mm512_castsi512_ps(_mm512_cvttps_epi32(x))
+#define HALVES(from) _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(from)))
+#define WIDENED(from) _mm512_castsi512_ps(_mm512_slli_epi32(HALVES(from), 16))
+#define COUNTING _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
+#define STEPPED(at) _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(at), _mm512_set1_epi32(LANES)))
+#define AS_FLOATS(x) _mm512_castsi512_ps(x)
+#else
+#define LANES 8
+#define V(x) _mm256_##x##_ps
+typedef __m256 NAME(vector);
+typedef unsigned NAME(lanes);
+#define COMPARED(a, b, how) ((unsigned)_mm256_movemask_ps(_mm256_cmp_ps(a, b, how)))
+#define GATHERED(x, there) _mm256_permutevar8x32_ps(x, NAME(places)(gathering[there]))
+#define POWER_OF_BITS(x) _mm256_castsi256_ps(_mm256_cvttps_epi32(x))
+#define HALVES(from) _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(from)))
+#define WIDENED(from) _mm256_castsi256_ps(_mm256_slli_epi32(HALVES(from), 16))
+#define COUNTING _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)
+#define STEPPED(at) _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(at), _mm256_set1_epi32(LANES)))
+#define AS_FLOATS(x) _mm256_castsi256_ps(x)
+
+static inline __m256i NAME(places)(uint64_t bytes) { return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)bytes)); }
+#endif
+
+/* Lanes of a vector that begins `left` elements before the end. */
+static inline NAME(lanes) NAME(lanes_of)(int left) {
+    return (NAME(lanes))(left < LANES ? (1u << left) - 1 : (1u << LANES) - 1);
+}
 
 static inline void NAME(widen)(const void *from, int kind, int64_t at, int count, float *restrict to) {
     if (kind == FLOAT32) {
@@ -31,29 +70,16 @@ static inline int NAME(all_finite)(const float *values, int count) {
 static inline double NAME(squares)(const float *restrict values, int count) {
     double total = 0;
     int i = 0;
-#if AVX512
-    __m512 one = _mm512_setzero_ps(), two = one, three = one, four = one;
-    for (; i + 64 <= count; i += 64) {
-        __m512 a = _mm512_loadu_ps(values + i), b = _mm512_loadu_ps(values + i + 16);
-        __m512 c = _mm512_loadu_ps(values + i + 32), d = _mm512_loadu_ps(values + i + 48);
-        one = _mm512_fmadd_ps(a, a, one), two = _mm512_fmadd_ps(b, b, two);
-        three = _mm512_fmadd_ps(c, c, three), four = _mm512_fmadd_ps(d, d, four);
+    NAME(vector) one = V(setzero)(), two = one, three = one, four = one;
+    for (; i + 4 * LANES <= count; i += 4 * LANES) {
+        NAME(vector) a = V(loadu)(values + i), b = V(loadu)(values + i + LANES);
+        NAME(vector) c = V(loadu)(values + i + 2 * LANES), d = V(loadu)(values + i + 3 * LANES);
+        one = V(fmadd)(a, a, one), two = V(fmadd)(b, b, two);
+        three = V(fmadd)(c, c, three), four = V(fmadd)(d, d, four);
     }
-    float lanes[16];
-    _mm512_storeu_ps(lanes, _mm512_add_ps(_mm512_add_ps(one, two), _mm512_add_ps(three, four)));
-    for (int j = 0; j < 16; j++) total += lanes[j];
-#else
-    __m256 one = _mm256_setzero_ps(), two = one, three = one, four = one;
-    for (; i + 32 <= count; i += 32) {
-        __m256 a = _mm256_loadu_ps(values + i), b = _mm256_loadu_ps(values + i + 8);
-        __m256 c = _mm256_loadu_ps(values + i + 16), d = _mm256_loadu_ps(values + i + 24);
-        one = _mm256_fmadd_ps(a, a, one), two = _mm256_fmadd_ps(b, b, two);
-        three = _mm256_fmadd_ps(c, c, three), four = _mm256_fmadd_ps(d, d, four);
-    }
-    float lanes[8];
-    _mm256_storeu_ps(lanes, _mm256_add_ps(_mm256_add_ps(one, two), _mm256_add_ps(three, four)));
-    for (int j = 0; j < 8; j++) total += lanes[j];
-#endif
+    float lanes[LANES];
+    V(storeu)(lanes, V(add)(V(add)(one, two), V(add)(three, four)));
+    for (int j = 0; j < LANES; j++) total += lanes[j];
     for (; i < count; i++) total += (double)values[i] * values[i];
     if (total > 1e-20 && total < 1e30) return total;
     double wide[8] = {0};
@@ -70,6 +96,11 @@ static inline void NAME(row)(const tv_tile *tile, int task, int64_t at, int coun
                              float *restrict to) {
     if (tile->rows[task] == 0) {
         memset(to, 0, (size_t)count * sizeof(float));
+        return;
+    }
+    if (tile->kinds[task] == BFLOAT16 && tile->relations[task] == LESS_BASE && count % LANES == 0) {
+        const uint16_t *raw = (const uint16_t *)tile->rows[task] + at;
+        for (int i = 0; i < count; i += LANES) V(storeu)(to + i, V(sub)(WIDENED(raw + i), V(loadu)(base + i)));
         return;
     }
     NAME(widen)(tile->rows[task], tile->kinds[task], at, count, to);
@@ -98,50 +129,60 @@ static int NAME(load)(const tv_tile *tile, float *stack, int64_t stride, float *
     return bad;
 }
 
+/* One vector against a bracket of which some lie at or above the low end. */
+static inline int64_t NAME(count_some)(NAME(vector) x, NAME(lanes) from, float low, float high, int64_t *counts,
+                                       float *inside, int64_t kept) {
+    const NAME(vector) h = V(set1)(high);
+    NAME(lanes) in = from & COMPARED(x, h, _CMP_LE_OQ);
+    if (!in) return kept;
+    NAME(lanes) at_low = in & COMPARED(x, V(set1)(low), _CMP_EQ_OQ), at_high = in & COMPARED(x, h, _CMP_EQ_OQ);
+    counts[1] += __builtin_popcount(at_low);
+    counts[2] += __builtin_popcount(at_high);
+    in &= (NAME(lanes))~(at_low | at_high);
+    if (in) {
+        V(storeu)(inside + kept, GATHERED(x, in));
+        kept += __builtin_popcount(in);
+    }
+    return kept;
+}
+
+/* Values against one bracket. Up to a vector beyond `count` is read. */
 static inline void NAME(count_one)(const float *restrict values, int count, float low, float high, int64_t *counts,
                                    float *inside, int64_t *held) {
-    int64_t below = 0, at_low = 0, at_high = 0, kept = *held;
+    const NAME(vector) l = V(set1)(low);
+    int64_t reached = 0, kept = *held;
     int i = 0;
-#if AVX512
-    const __m512 l = _mm512_set1_ps(low), h = _mm512_set1_ps(high);
-    for (; i + 16 <= count; i += 16) {
-        __m512 x = _mm512_loadu_ps(values + i);
-        __mmask16 over = _mm512_cmp_ps_mask(x, l, _CMP_GT_OQ);
-        below += __builtin_popcount(_mm512_cmp_ps_mask(x, l, _CMP_LT_OQ));
-        at_low += __builtin_popcount(_mm512_cmp_ps_mask(x, l, _CMP_EQ_OQ));
-        if (over) {
-            __mmask16 in = _mm512_mask_cmp_ps_mask(over, x, h, _CMP_LT_OQ);
-            at_high += __builtin_popcount(_mm512_cmp_ps_mask(x, h, _CMP_EQ_OQ));
-            if (in) {
-                _mm512_storeu_ps(inside + kept, _mm512_maskz_compress_ps(in, x));
-                kept += __builtin_popcount(in);
-            }
-        } else {
-            at_high += __builtin_popcount(_mm512_cmp_ps_mask(x, h, _CMP_EQ_OQ)); /* ends may be equal */
+    if (low == high) { /* nothing lies inside */
+        int64_t equal = 0;
+        for (; i < count; i += LANES) {
+            NAME(vector) x = V(loadu)(values + i);
+            NAME(lanes) from = COMPARED(x, l, _CMP_GE_OQ), there = COMPARED(x, l, _CMP_EQ_OQ);
+            if (count - i < LANES) from &= NAME(lanes_of)(count - i), there &= NAME(lanes_of)(count - i);
+            reached += __builtin_popcount(from);
+            equal += __builtin_popcount(there);
+        }
+        counts[0] += count - reached, counts[1] += equal, counts[2] += equal;
+        return;
+    }
+    for (; i + 4 * LANES <= count; i += 4 * LANES) {
+        NAME(vector) a = V(loadu)(values + i), b = V(loadu)(values + i + LANES);
+        NAME(vector) c = V(loadu)(values + i + 2 * LANES), d = V(loadu)(values + i + 3 * LANES);
+        /* brackets near the upper end are rarely reached */
+        if (!COMPARED(V(max)(V(max)(a, b), V(max)(c, d)), l, _CMP_GE_OQ)) continue;
+        const NAME(vector) four[4] = {a, b, c, d};
+        for (int j = 0; j < 4; j++) {
+            NAME(lanes) from = COMPARED(four[j], l, _CMP_GE_OQ);
+            reached += __builtin_popcount(from);
+            kept = NAME(count_some)(four[j], from, low, high, counts, inside, kept);
         }
     }
-#else
-    const __m256 l = _mm256_set1_ps(low), h = _mm256_set1_ps(high);
-    for (; i + 8 <= count; i += 8) {
-        __m256 x = _mm256_loadu_ps(values + i);
-        below += __builtin_popcount((unsigned)_mm256_movemask_ps(_mm256_cmp_ps(x, l, _CMP_LT_OQ)));
-        at_low += __builtin_popcount((unsigned)_mm256_movemask_ps(_mm256_cmp_ps(x, l, _CMP_EQ_OQ)));
-        at_high += __builtin_popcount((unsigned)_mm256_movemask_ps(_mm256_cmp_ps(x, h, _CMP_EQ_OQ)));
-        unsigned in = (unsigned)_mm256_movemask_ps(
-            _mm256_and_ps(_mm256_cmp_ps(x, l, _CMP_GT_OQ), _mm256_cmp_ps(x, h, _CMP_LT_OQ)));
-        for (; in; in &= in - 1) inside[kept++] = values[i + __builtin_ctz(in)];
+    for (; i < count; i += LANES) {
+        NAME(vector) x = V(loadu)(values + i);
+        NAME(lanes) from = NAME(lanes_of)(count - i) & COMPARED(x, l, _CMP_GE_OQ);
+        reached += __builtin_popcount(from);
+        kept = NAME(count_some)(x, from, low, high, counts, inside, kept);
     }
-#endif
-    for (; i < count; i++) {
-        float x = values[i];
-        below += x < low;
-        at_low += x == low;
-        at_high += x == high;
-        if (x > low && x < high) inside[kept++] = x;
-    }
-    counts[0] += below;
-    counts[1] += at_low;
-    counts[2] += at_high;
+    counts[0] += count - reached;
     *held = kept;
 }
 
@@ -199,13 +240,55 @@ static inline void NAME(pcb_score)(const float *restrict values, const float *re
     }
 }
 
+/* Whether few scores reach `least`, and `promising` can tell: nothing of what it computes may overflow or round to zero. */
+static inline int NAME(selective)(int tasks, float low, float high, float least) {
+    const float span = high - low, largest = high / span;
+    return least >= 1e-30f && (span == 0 || (span >= 1e-15f && (float)tasks * largest * largest < 80.0f));
+}
+
+/* Where entries lie whose score may reach `least`; returns how many. Of the others it is certain: their score is at most
+   x S 2^v, v = n log2(e) (|x| / span)^2, and 2^v at most 2^floor(v) (1 + v - floor(v)), which is what v makes of a float
+   as its exponent and the bits behind it; a thousandth is left for the rounding of all of it. */
+static inline int NAME(promising)(const float *restrict values, const float *restrict sum, int count, int tasks,
+                                  float low, float high, float least, uint32_t *restrict where) {
+    const float span = high - low;
+    const NAME(vector) most = V(set1)(high * high), reached = V(set1)(least * 0.999f);
+    const NAME(vector) slope = V(set1)(span == 0 ? 0 : (float)tasks * 1.44269504f * 8388608.0f / (span * span));
+    const NAME(vector) one = V(set1)(127.0f * 8388608.0f);
+    NAME(vector) at = AS_FLOATS(COUNTING);
+    int kept = 0;
+    for (int i = 0; i < count; i += LANES) {
+        NAME(vector) x = V(loadu)(values + i), t = V(mul)(x, V(loadu)(sum + i));
+        NAME(vector) power = POWER_OF_BITS(V(fmadd)(V(min)(V(mul)(x, x), most), slope, one));
+        NAME(lanes) there = COMPARED(V(mul)(t, power), reached, _CMP_GE_OQ);
+        if (count - i < LANES) there &= NAME(lanes_of)(count - i);
+        V(storeu)((float *)where + kept, GATHERED(at, there));
+        kept += __builtin_popcount(there);
+        at = STEPPED(at);
+    }
+    return kept;
+}
+
+/* Entries side by side, filled up to whole vectors with zeros; returns how many with these. */
+static inline int NAME(picked)(const float *restrict values, const uint32_t *restrict where, int kept, float *restrict to) {
+    const int whole = (kept + LANES - 1) / LANES * LANES;
+    for (int i = 0; i < kept; i++) to[i] = values[where[i]];
+    for (int i = kept; i < whole; i++) to[i] = 0;
+    return whole;
+}
+
+/* The sum over the tasks of each entry, one after the other. */
+static inline void NAME(sum)(float (*rows)[BLOCK], int tasks, int count, float *restrict sum) {
+    memcpy(sum, rows[0], (size_t)count * sizeof(float));
+    for (int task = 1; task < tasks; task++)
+        for (int i = 0; i < count; i++) sum[i] += rows[task][i];
+}
+
 /* The variance over the tasks of each entry. */
 static inline void NAME(variance)(float (*rows)[BLOCK], int tasks, int count, float *restrict mean,
                                   float *restrict result) {
     const float many = (float)tasks;
-    memcpy(mean, rows[0], (size_t)count * sizeof(float));
-    for (int task = 1; task < tasks; task++)
-        for (int i = 0; i < count; i++) mean[i] += rows[task][i];
+    NAME(sum)(rows, tasks, count, mean);
     for (int i = 0; i < count; i++) {
         mean[i] /= many;
         result[i] = 0;
@@ -242,9 +325,7 @@ static inline int NAME(values)(const tv_values *what, int tasks, int count, floa
             for (int i = 0; i < count; i++) bits[i] &= 0x7fffffffu;
         }
     } else if (what->what == PCB_SCORE) {
-        memcpy(total, rows[0], (size_t)count * sizeof(float));
-        for (int task = 1; task < tasks; task++)
-            for (int i = 0; i < count; i++) total[i] += rows[task][i];
+        NAME(sum)(rows, tasks, count, total);
         for (int task = 0; task < tasks; task++) {
             NAME(pcb_score)(rows[task], total, count, tasks, what->low[task], what->high[task], score);
             memcpy(rows[task], score, (size_t)count * sizeof(float));
@@ -257,6 +338,34 @@ static inline int NAME(values)(const tv_values *what, int tasks, int count, floa
     return tasks;
 }
 
+/* PCB's scores against brackets: those of entries that certainly lie below all of them are only counted. */
+static inline void NAME(count_scores)(const tv_values *what, int tasks, int wanted, int count, float (*rows)[BLOCK],
+                                      float *sum, const float *low, const float *high, int64_t *counts, float *inside,
+                                      int64_t room, int64_t *held) {
+    float value[BLOCK], total[BLOCK], score[BLOCK];
+    uint32_t where[BLOCK + LANES];
+    NAME(sum)(rows, tasks, count, sum);
+    for (int task = 0; task < tasks; task++) {
+        const float l = what->low[task], h = what->high[task];
+        float least = low[task * wanted];
+        for (int k = 1; k < wanted; k++) least = low[task * wanted + k] < least ? low[task * wanted + k] : least;
+        int kept = count;
+        if (NAME(selective)(tasks, l, h, least)) {
+            kept = NAME(promising)(rows[task], sum, count, tasks, l, h, least, where);
+            int whole = NAME(picked)(rows[task], where, kept, value);
+            NAME(picked)(sum, where, kept, total);
+            NAME(pcb_score)(value, total, whole, tasks, l, h, score);
+        } else {
+            NAME(pcb_score)(rows[task], sum, count, tasks, l, h, score);
+        }
+        for (int k = 0; k < wanted; k++) {
+            int64_t place = (int64_t)task * wanted + k;
+            counts[3 * place] += count - kept;
+            NAME(count_one)(score, kept, low[place], high[place], counts + 3 * place, inside + place * room, held + place);
+        }
+    }
+}
+
 static int NAME(count)(const tv_tile *tile, const tv_values *what, int wanted, const float *low, const float *high,
                        int64_t *counts, float *inside, int64_t room, int64_t *held, double *squares) {
     float base[BLOCK], total[BLOCK], rows[MOST_TASKS][BLOCK]; /* only those of this merge's tasks are touched */
@@ -264,6 +373,10 @@ static int NAME(count)(const tv_tile *tile, const tv_values *what, int wanted, c
     for (int64_t at = 0; at < tile->count; at += BLOCK) {
         int count = (int)(tile->count - at < BLOCK ? tile->count - at : BLOCK);
         bad |= NAME(block)(tile, at, count, base, rows, squares);
+        if (what->what == PCB_SCORE) {
+            NAME(count_scores)(what, tile->tasks, wanted, count, rows, total, low, high, counts, inside, room, held);
+            continue;
+        }
         int kept = NAME(values)(what, tile->tasks, count, rows, total);
         for (int row = 0; row < kept; row++)
             for (int k = 0; k < wanted; k++) {
@@ -621,9 +734,7 @@ static inline void NAME(ties)(const tv_merge_plan *plan, int tasks, int count, f
 static inline void NAME(sce)(const tv_merge_plan *plan, int tasks, int count, float (*rows)[BLOCK], float *restrict total,
                              float *restrict sign, float *restrict below) {
     if (plan->least != 0) NAME(select)(rows, tasks, count, plan->least, sign, below);
-    memcpy(sign, rows[0], (size_t)count * sizeof(float));
-    for (int task = 1; task < tasks; task++)
-        for (int i = 0; i < count; i++) sign[i] += rows[task][i];
+    NAME(sum)(rows, tasks, count, sign);
     for (int i = 0; i < count; i++) {
         sign[i] = sign[i] >= 0 ? 1.0f : -1.0f;
         total[i] = 0;
@@ -643,26 +754,39 @@ static inline void NAME(sce)(const tv_merge_plan *plan, int tasks, int count, fl
 
 /* PCB: the mean of the clipped entries, weighted by their rescaled scores. */
 static inline void NAME(pcb)(const tv_merge_plan *plan, int tasks, int count, float (*rows)[BLOCK], float *restrict total,
-                             float *restrict score, float *restrict below) {
-    float sum[BLOCK];
-    memcpy(sum, rows[0], (size_t)count * sizeof(float));
-    for (int task = 1; task < tasks; task++)
-        for (int i = 0; i < count; i++) sum[i] += rows[task][i];
+                             float *restrict sum, float *restrict below) {
+    float value[BLOCK], sums[BLOCK], score[BLOCK], share[BLOCK];
+    uint32_t where[BLOCK + LANES];
+    NAME(sum)(rows, tasks, count, sum);
     for (int i = 0; i < count; i++) total[i] = below[i] = 0;
     for (int task = 0; task < tasks; task++) {
         if (!plan->keeps[task]) continue;
         const float low = plan->low[task], high = plan->high[task], cut = plan->cut[task];
         const float span = plan->top[task] - cut, weight = plan->weights[task];
-        const float *restrict values = rows[task];
-        NAME(pcb_score)(values, sum, count, tasks, low, high, score);
-        for (int i = 0; i < count; i++) {
-            float share = ((score[i] > cut ? score[i] : cut) - cut) / span;
+        const int few = NAME(selective)(tasks, low, high, cut);
+        const float *values = few ? value : rows[task];
+        int kept = count, whole = count;
+        if (few) { /* the others' share is zero, and adding zeros changes no bit of sums that begin with +0 */
+            kept = NAME(promising)(rows[task], sum, count, tasks, low, high, cut, where);
+            whole = NAME(picked)(rows[task], where, kept, value);
+            NAME(picked)(sum, where, kept, sums);
+        }
+        NAME(pcb_score)(values, few ? sums : sum, whole, tasks, low, high, score);
+        for (int i = 0; i < whole; i++) {
+            share[i] = ((score[i] > cut ? score[i] : cut) - cut) / span;
             float size = __builtin_fabsf(values[i]);
             size = size < low ? low : size;
             size = size > high ? high : size;
-            float part = size * (values[i] > 0 ? 1.0f : values[i] < 0 ? -1.0f : 0.0f) * share;
-            total[i] = __builtin_fmaf(part, weight, total[i]);
-            below[i] += share;
+            score[i] = size * (values[i] > 0 ? 1.0f : values[i] < 0 ? -1.0f : 0.0f) * share[i];
+        }
+        if (few) {
+            for (int i = 0; i < kept; i++) {
+                total[where[i]] = __builtin_fmaf(score[i], weight, total[where[i]]);
+                below[where[i]] += share[i];
+            }
+        } else {
+            for (int i = 0; i < count; i++) total[i] = __builtin_fmaf(score[i], weight, total[i]);
+            for (int i = 0; i < count; i++) below[i] += share[i];
         }
     }
     for (int i = 0; i < count; i++) total[i] /= below[i] > 1e-12f ? below[i] : 1e-12f;
@@ -709,3 +833,14 @@ static int NAME(merge)(const tv_tile *tile, const tv_merge_plan *plan, void *out
     }
     return bad;
 }
+
+#undef LANES
+#undef V
+#undef COMPARED
+#undef GATHERED
+#undef POWER_OF_BITS
+#undef HALVES
+#undef WIDENED
+#undef COUNTING
+#undef STEPPED
+#undef AS_FLOATS

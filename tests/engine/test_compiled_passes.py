@@ -6,8 +6,11 @@ import platform
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from merging import Recipe, merge, merge_stacks
 from taskvec import Checkpoint, native, sweep, write
@@ -154,6 +157,99 @@ def test_scores_are_those_of_double_precision():
         u = (wide.abs().clamp(low[0], high[0]) - low[0]) / (high[0] - low[0])
         truth = (4 * u * u).exp() * (rows * total).double().tanh()
         assert float(((ours - truth).abs() / truth.abs().clamp(min=1e-30)).max()) < 2e-6
+
+
+def scored(kind: str, tasks: int, count: int, size: float, clip: float, seed: int):
+    """Rows, the ends of PCB's clip, and the scores of every entry (each computed, none only bounded)."""
+    drawn = torch.Generator().manual_seed(seed)
+    rows = torch.randn(tasks, count, generator=drawn)
+    if kind == "alike":
+        rows = 1 + 0.1 * rows
+    elif kind == "heavy":
+        rows = rows * (0.1 + rows.square()) * (torch.rand(tasks, count, generator=drawn) < 0.4)
+    elif kind == "agreeing":
+        rows = rows[:1] + 0.2 * rows
+    elif kind == "few":
+        rows = rows.mul(2).round()
+    rows = rows * size
+    sizes = rows.abs().sort(1).values
+    low, high = sizes[:, int(clip * (count - 1))].tolist(), sizes[:, int((1 - clip) * (count - 1))].tolist()
+    stored = native.Stored("w", 0, count, list(rows), [native.AS_IS] * tasks, None)
+    values = native.Values("pcb score", low, high)
+    return rows, stored, values, native.listed(stored, values).numpy()
+
+
+def at_level(level: int):
+    """The library, made to use one instruction set, until the context ends."""
+    patch = pytest.MonkeyPatch()
+    library = native._library()[0]
+    patch.setattr(native, "_library", lambda: (library, level))
+    return patch
+
+
+KINDS = ["normal", "alike", "heavy", "agreeing", "few"]
+INPUTS = (
+    st.sampled_from(LEVELS or [0]), st.sampled_from(KINDS), st.integers(1, native.MOST_TASKS), st.integers(1, 2100),
+    st.floats(-14, 1).map(lambda power: 10**power), st.sampled_from([0.0, 1e-3, 0.1, 0.4]), st.floats(0, 1),
+    st.integers(0, 999),
+)  # fmt: skip
+
+
+@compiled
+@settings(max_examples=120, deadline=None)
+@example(5, "heavy", 4, 2048, 1e-3, 0.1, 0.9, 0)
+@example(2, "agreeing", 64, 1024, 1.0, 0.0, 0.99, 1)
+@given(*INPUTS)
+def test_scores_that_are_only_bounded_lie_below_the_brackets(level, kind, tasks, count, size, clip, share, seed):
+    if level > native._library()[1]:
+        return
+    _, stored, values, truth = scored(kind, tasks, count, size, clip, seed)
+    ordered = np.sort(truth, 1)
+    first, last = int(share * (count - 1)), min(count - 1, int(share * (count - 1)) + 9)
+    low = np.stack([ordered[:, first], ordered[:, last]], 1)
+    high = np.stack([ordered[:, last], np.full(tasks, np.inf)], 1).astype(np.float32)
+    patch = at_level(level)
+    found = native.count(stored, values, low, high)
+    patch.undo()
+    for task in range(tasks):
+        row = truth[task]
+        for k in range(2):
+            a, b = low[task, k], high[task, k]
+            assert found.counts[task, k].tolist() == [(row < a).sum(), (row == a).sum(), (row == b).sum()]
+            assert np.array_equal(found.inside[task][k], row[(row > a) & (row < b)])
+
+
+@compiled
+@settings(max_examples=120, deadline=None)
+@example(5, "heavy", 4, 2048, 1e-3, 0.1, 0.9, 0)
+@example(2, "normal", 3, 1024, 1e-2, 0.0, 0.5, 1)
+@given(*INPUTS)
+def test_entries_that_are_only_bounded_have_no_share(level, kind, tasks, count, size, clip, share, seed):
+    if level > native._library()[1]:
+        return
+    rows, stored, values, truth = scored(kind, tasks, count, size, clip, seed)
+    cut, top = np.sort(truth, 1)[:, int(share * (count - 1))], truth.max(1)
+    keeps, weights = top > cut, [2.0 ** (task % 3 - 1) for task in range(tasks)]  # whose products are exact
+    total, below = np.zeros(count, np.float32), np.zeros(count, np.float32)
+    for task in np.flatnonzero(keeps):
+        part = (np.maximum(truth[task], cut[task]) - cut[task]) / (top[task] - cut[task])
+        row = rows[task].numpy()
+        clipped = np.clip(np.abs(row), np.float32(values.low[task]), np.float32(values.high[task])) * np.sign(row)
+        total += clipped * part * np.float32(weights[task])
+        below += part
+    numbers = {
+        "low": values.low,
+        "high": values.high,
+        "cut": cut.tolist(),
+        "top": top.tolist(),
+        "keeps": keeps.tolist(),
+    }
+    out = torch.empty(count)
+    patch = at_level(level)
+    native.merge(stored, native.Combination("pcb", weights, **numbers), out)
+    patch.undo()
+    expected = total / np.maximum(below, np.float32(1e-12))
+    assert np.array_equal(out.numpy().view(np.int32), expected.view(np.int32))
 
 
 @compiled
