@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -133,7 +132,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_seed(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 0
+    return type(value) is not bool and hasattr(value, "__index__") and int(value) >= 0
 
 
 def _numbers(what: str, values: Any, count: int, problems: Problems) -> list[float] | None:
