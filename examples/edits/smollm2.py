@@ -295,7 +295,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps(row), flush=True)
         if options.out is not None:
             options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(rows, indent=1) + "\n")
+            part = options.out.with_suffix(".part")
+            part.write_text(json.dumps(rows, indent=1) + "\n")
+            part.replace(options.out)  # whoever is cut off keeps every row that was finished
     print(table(rows), file=sys.stderr)
 
 

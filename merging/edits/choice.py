@@ -65,8 +65,8 @@ def chosen_form(
 
     Plain neurons where they are exact (float32 or wider, with a bias): plain transformers loads them and the theorem
     bounds them. In 16 bits a neuron rounds its own pre-activation, so it needs a larger theta; it is taken only inside the
-    cone, at a theta of at most 0.02, and if it fires on hardly more unseen siblings of the prompts than the side block,
-    which stays in float32. A jet-pack everywhere else.
+    cone, at a theta of at most 0.02 at which no cone holds two triggers, and if it fires on hardly more unseen siblings of
+    the prompts than the side block, which stays in float32. A jet-pack everywhere else.
     """
     half = site.dtype in (torch.float16, torch.bfloat16)
     name = dtype_name(site.dtype)
@@ -102,9 +102,10 @@ def chosen_form(
         reason = f"Form 'widen': {site.reason} In {name} they are exactly silent outside their cone, and plain transformers loads them."
         session.why.insert(0, reason)
         return _of_session(session)
-    fired, tried, noise, chosen = _block(site, plans, chunks, theta, None if session is None else session.close)
+    fired, tried, noise, chosen, reason = _block(site, plans, chunks, theta, None if session is None else session.close)
     if session is not None:
-        narrow = session.kind in ("tangent", "affine") and session.theta <= _WIDEST
+        shared = session.shared_cones()
+        narrow = session.kind in ("tangent", "affine") and session.theta <= _WIDEST and not shared
         if narrow and session.fired <= fired + _MAY_FIRE * tried:
             session.why.insert(
                 0,
@@ -114,15 +115,12 @@ def chosen_form(
             return _of_session(session)
         why.append(
             f"Form 'jet-pack': stored in {name}, a neuron rounds its own pre-activation and would need {session.kind!r} at theta "
-            f"{session.theta:g} (unseen siblings of the prompts on which it fires: {session.fired} of {tried}); the block is kept "
+            f"{session.theta:g} (unseen siblings of the prompts on which it fires: {session.fired} of {tried}"
+            + (f"; pairs of triggers in one cone: {shared}" if shared else "")
+            + "); the block is kept "
             f"in float32 at theta {chosen:g} ({fired} of {tried})."
         )
-    why.append(
-        f"Theta {chosen:g}: in {name} features move by {noise:.1g} (1 − cosine, centred) between kernels, alone or in a padded "
-        f"batch; theta is the smallest usual one {stealth._NOISE_MARGIN:g} times above."
-        if theta is None
-        else f"Theta {chosen:g}: as given."
-    )
+    why.append(reason)
     if half:
         why.append(
             "Plateau: the block's response levels off half-way into the cone, so this noise does not reach the answer."
@@ -151,20 +149,26 @@ def _block(
     chunks: Sequence[Sequence[int]],
     theta: float | None,
     close: Sequence[Tensor] | None,
-) -> tuple[int, int, float, float]:
-    """A jet-pack's firings on the unseen siblings, how many there are, its noise and its theta."""
+) -> tuple[int, int, float, float, str]:
+    """A jet-pack's firings on the unseen siblings, how many there are, its noise, its theta and the reason for that."""
     prompts = [s.prompt for plan in plans for s in plan.sequences]
     centroid = stealth.Background.of(site, chunks).centroid(site.sphere)
     noise = stealth.feature_noise(site, prompts, centroid)
-    chosen = stealth.chosen_theta(noise) if theta is None else theta
-    if not close:
-        return 0, 0, noise, chosen
-    held = torch.cat([own[3::4] for own in close])
     triggers = torch.stack([own[-1] for own in stealth.features_of(site, prompts)])
+    held = torch.cat([own[3::4] for own in close]) if close else triggers[:0]
+    if theta is None:
+        # the others say how wide a cone may be, so that those held out can test it
+        known = [own[i] for own in close or () for i in range(len(own)) if i % 4 != 3]
+        near = torch.stack(known) if known else stealth.few_siblings(site, prompts, chunks)
+        chosen, why = stealth.explained_theta(site, noise, stealth.Apart.of(site.sphere, triggers, near, centroid))
+    else:
+        chosen, why = theta, f"Theta {theta:g}: as given."
+    if not len(held):
+        return 0, 0, noise, chosen, why
     sphere = site.sphere.double()
     one = F.normalize(sphere.project(held.double().to(centroid.device)) - centroid, dim=-1)
     other = F.normalize(sphere.project(triggers.double()) - centroid, dim=-1)
-    return int((one @ other.T > 1 - chosen).any(dim=1).sum()), len(held), noise, chosen
+    return int((one @ other.T > 1 - chosen).any(dim=1).sum()), len(held), noise, chosen, why
 
 
 def edit_auto(

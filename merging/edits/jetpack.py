@@ -154,17 +154,12 @@ class JetPack:
     def _check_distinct(self, responses: Annotated[Tensor, "n n"]) -> None:
         if not len(responses):
             return
+        names = [entry.prompt for entry in self.entries for _ in range(entry.rows)]
+        z = self.directions(self.triggers.double())
         scaled = responses / responses.diagonal()[:, None]
-        if float(torch.linalg.cond(scaled)) < 1e4:
-            return
-        owner = [i for i, entry in enumerate(self.entries) for _ in range(entry.rows)]
-        off = scaled - 2 * torch.eye(len(scaled))
-        a, b = divmod(int(off.argmax()), len(scaled))
-        raise EditError(
-            f"Two triggers cannot be told apart at theta {self.theta:g} in layer {self.layer}: "
-            f"{self.entries[owner[a]].prompt!r} and {self.entries[owner[b]].prompt!r}. Take a smaller theta, another layer, or "
-            "leave one out."
-        )
+        error = stealth.overlapping(scaled, names, 1 - z @ z.T, self.theta, self.layer)
+        if error is not None:
+            raise error
 
     def directions(self, features: Annotated[Tensor, "... d"]) -> Annotated[Tensor, "... d"]:
         """ψ(x): centred (and re-normalised) points on the sphere, in the features' dtype."""
@@ -272,19 +267,14 @@ class JetPack:
         why: list[str] = []
         if theta is None:
             prompts = [s.prompt for p in plans for s in p.sequences]
-            rounding = 0.0
-            if to_fold:
-                triggers = [stealth.features_of(site, [prompt])[0][-1] for prompt in prompts]
-                rounding = stealth.arithmetic_noise(triggers, site.sphere, site.dtype, centroid)
-            noise = stealth.feature_noise(site, prompts, centroid)
-            theta = stealth.chosen_theta(noise, rounding)
-            why.append(
-                f"Theta {theta:g}: in {dtype_name(site.dtype)} features move by {noise:.1g} (1 − cosine, centred) between kernels, "
-                f"alone or in a padded batch"
-                + (f", and rounding in folded neurons is worth {rounding:.1g}" if to_fold else "")
-                + f"; theta is the smallest usual one {stealth._NOISE_MARGIN:g} times above the first"
-                + (" and 2.5 times above the second." if to_fold else ".")
+            triggers = torch.stack([own[-1] for own in stealth.features_of(site, prompts)])
+            check_finite(triggers, f"prompts at layer {layer}")
+            rounding = stealth.arithmetic_noise(list(triggers), site.sphere, site.dtype, centroid) if to_fold else 0.0
+            apart = stealth.Apart.of(site.sphere, triggers, stealth.few_siblings(site, prompts, chunks), centroid)
+            theta, reason = stealth.explained_theta(
+                site, stealth.feature_noise(site, prompts, centroid), apart, rounding
             )
+            why.append(reason)
         pack = cls(
             site.layer,
             Sphere(
@@ -421,7 +411,7 @@ class JetPack:
         return own[[0, *range(len(sequence.prompt) - 1, len(own))]]
 
     def _before_sink(self, site: Site, features: Annotated[Tensor, "1+target d"]) -> int:
-        return stealth.before_sink(site, features, self.directions, self.theta)
+        return stealth.before_sink(site, features, self.directions, max(self.theta, THETA))
 
     def _put(
         self,

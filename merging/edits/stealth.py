@@ -50,6 +50,8 @@ from taskvec.source import in_memory
 
 THETAS = (0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.07, 0.1)
 """The values among which a theta is chosen."""
+NARROWER = (0.0005, 0.001, 0.0015, 0.002, 0.003)
+"""Further values, for prompts that are too close to each other for the usual ones."""
 SIBLINGS = 48
 """Prompts of the same shape that are made for each prompt; a quarter of them only tests the detector."""
 PLATEAU = 16.0
@@ -60,6 +62,12 @@ _MOVES_MARGIN = (
     4.0  # theta over the measured movement of a response: half of it is plateau, and twice the largest seen fits in
 )
 _NOISE_MARGIN = 10.0  # theta over the measured feature noise (in cosine) from which a plateau stays flat in any batch
+_LEAST_MARGIN = (
+    5.0  # theta over feature noise below which no theta goes: half a cone is plateau, so 2.5 times the noise is flat
+)
+_ALIKE = 0.01  # share of made siblings that may lie inside the cone of a theta that the library chose
+_FEW_SIBLINGS = 12  # for each prompt, where they only say how narrow a cone must be
+_SINGULAR = 1e4  # condition of a response matrix that is not solved
 _SINK = 0.02  # 1 − cosine with a text's first token up to which another token is taken for a sink, too
 _PAD_TO = 64  # neurons; multiples of 64 keep tensor cores and tensor-parallel splits happy
 
@@ -487,8 +495,8 @@ def stuck_on_a_sink(layer: int, prompts: Sequence[Text]) -> EditError:
     """The refusal of prompts whose last token is an attention sink."""
     return EditError(
         f"In layer {layer} the last token of {len(prompts)} prompts is an attention sink: what the MLP sees there is what it sees at "
-        f"the first token of any text, and the edit would fire on all of them: {'; '.join(map(repr, prompts[:4]))}. Take other words, "
-        "a smaller theta or another layer."
+        f"the first token of any text, and the edit would fire on all of them: {'; '.join(map(repr, prompts[:4]))}. Take other words "
+        "or another layer."
     )
 
 
@@ -570,15 +578,144 @@ def response_noise(site: Site, prompts: Sequence[Sequence[int]], detectors: Sequ
     return max(least, float(moved.abs().max()))
 
 
-def chosen_theta(noise: float, arithmetic: float = 0.0) -> float:
-    """The smallest usual theta that is well above what rounding does to a detector.
+def chosen_theta(noise: float, arithmetic: float = 0.0, apart: "Apart | None" = None) -> float:
+    """The smallest usual theta that is well above what rounding does to a detector, or a narrower one that prompts need.
 
     Args:
         noise: movement of features (1 − cosine) between alone and batched; theta is ten times above it.
         arithmetic: largest rounding error of the pre-activation, in cosine; theta is 2.5 times above it, so that the error
             stays within the half of the cone that is a plateau.
+        apart: how close triggers are to each other and to prompts of the same shape. If a cone of the usual width holds
+            another trigger, or more than 1 % of those prompts, theta is the largest at which it does not, but never less
+            than five times the noise.
     """
-    return _at_least(_NOISE_MARGIN * noise + 2.5 * arithmetic)
+    usual = _at_least(_NOISE_MARGIN * noise + 2.5 * arithmetic)
+    if apart is None:
+        return usual
+    least = _LEAST_MARGIN * noise + 2.5 * arithmetic
+    closest = apart.closest(least)
+    if usual <= closest:
+        return usual
+    narrower = [theta for theta in (*NARROWER, *THETAS) if least <= theta <= closest]
+    return narrower[-1] if narrower else usual
+
+
+@dataclass(frozen=True, eq=False)
+class Apart:
+    """How close triggers are to each other and to made prompts of the same shape, in 1 − cosine.
+
+    Attributes:
+        triggers: [n, n], between triggers.
+        siblings: from each made prompt to the closest trigger.
+    """
+
+    triggers: Annotated[Tensor, "n n"]
+    siblings: Annotated[Tensor, "sibling"]
+
+    @classmethod
+    def of(cls, sphere: Sphere, triggers: Tensor, siblings: Tensor, centroid: Tensor | None) -> "Apart":
+        """From MLP inputs [n, d] and [sibling, d]; centred at `centroid` where given."""
+
+        def directions(features: Tensor) -> Tensor:
+            points = sphere.double().project(features.double())
+            return torch.nn.functional.normalize(points if centroid is None else points - centroid.to(points), dim=-1)
+
+        z = directions(triggers)
+        near = 1 - directions(siblings) @ z.T
+        return cls(1 - z @ z.T, near.amin(dim=1) if near.numel() else near.new_zeros(0))
+
+    @property
+    def pairs(self) -> Annotated[Tensor, "pair"]:
+        """Distances of the pairs of triggers."""
+        count = len(self.triggers)
+        row, column = torch.triu_indices(count, count, 1)
+        return self.triggers[row, column]
+
+    def inside(self, theta: float) -> tuple[int, int]:
+        """How many pairs of triggers, and how many siblings, lie inside a cone of this width."""
+        return int((self.pairs < theta).sum()), int((self.siblings < theta).sum())
+
+    def closest(self, least: float) -> float:
+        """The widest cone that holds no other trigger and hardly a sibling.
+
+        Args:
+            least: width of the narrowest cone there can be. What is closer than that no theta tells apart; it is left out
+                here and refused by name later.
+        """
+        found = math.inf
+        pairs = self.pairs[self.pairs > least]
+        if len(pairs):
+            found = float(pairs.min())
+        if len(self.siblings):
+            allowed = int(_ALIKE * len(self.siblings))
+            found = min(found, max(least, float(self.siblings.sort().values[allowed])))
+        return found
+
+
+def explained_theta(site: Site, noise: float, apart: Apart | None, arithmetic: float = 0.0) -> tuple[float, str]:
+    """`chosen_theta` for a layer, and the reason in words."""
+    usual, theta = chosen_theta(noise, arithmetic), chosen_theta(noise, arithmetic, apart)
+    why = (
+        f"Theta {theta:g}: in {dtype_name(site.dtype)} features move by {noise:.1g} (1 − cosine) between kernels, alone or in a "
+        "padded batch" + (f", and rounding of the sum is worth {arithmetic:.1g}" if arithmetic else "") + "; "
+    )
+    if apart is None or theta == usual:
+        return theta, why + (
+            f"theta is the smallest usual one that is {_NOISE_MARGIN:g} times above the first"
+            f"{' and 2.5 times above the second' if arithmetic else ''}."
+        )
+    held, now = apart.inside(usual), apart.inside(theta)
+    return theta, why + (
+        f"the usual {usual:g} would hold another trigger in a cone {held[0]} times and {held[1]} of {len(apart.siblings)} made prompts "
+        f"of the same shape, {theta:g} holds {now[0]} and {now[1]}."
+    )
+
+
+def overlapping(
+    scaled: Annotated[Tensor, "n n"],
+    names: Sequence[str],
+    distances: Annotated[Tensor, "n n"],
+    theta: float,
+    layer: int,
+) -> EditError | None:
+    """The refusal of triggers that no output weights can answer differently, each pair by name; None if all can be.
+
+    Args:
+        scaled: responses at each trigger (rows) of each detector, the own one 1.
+        names: of the prompts that the triggers belong to.
+        distances: 1 − cosine between triggers, in the detectors' space.
+        theta, layer: for the message.
+    """
+    if not len(scaled) or float(torch.linalg.cond(scaled)) < _SINGULAR:
+        return None
+    alike = torch.minimum(scaled, scaled.T).fill_diagonal_(0)
+    row, column = torch.triu_indices(len(alike), len(alike), 1)
+    order = alike[row, column].argsort(descending=True).tolist()
+    found = [k for k in order if float(alike[row[k], column[k]]) > 1 - 2e-3] or order[:1]
+    pairs = [(int(row[k]), int(column[k])) for k in found]
+    named = "; ".join(
+        f"{names[a]!r} and {names[b]!r} (1 − cosine {float(distances[a, b]):.2g})" for a, b in pairs[:8]
+    ) + ("; …" if len(pairs) > 8 else "")
+    closest = min(float(distances[a, b]) for a, b in pairs)
+    hint = f"a theta below {closest:.1g}, " if closest > 1e-6 else ""
+    return EditError(
+        f"Two triggers cannot be told apart at theta {theta:g} in layer {layer}: {named}. Take {hint}another layer (`edit plan` "
+        "compares them), or leave one of each pair out; the other edits are not affected."
+    )
+
+
+def few_siblings(
+    site: Site, prompts: Sequence[Sequence[int]], chunks: Sequence[Sequence[int]]
+) -> Annotated[Tensor, "sibling d"]:
+    """Features of a few prompts of the same shape for each prompt."""
+    text = [token for chunk in chunks for token in chunk]
+    count = max(4, min(_FEW_SIBLINGS, 512 // max(1, len(prompts))))
+    made = [ids for own in siblings(site.model, prompts, text, count=count) for ids in own]
+    if not made:
+        return torch.zeros(0, site.width)
+    found = torch.stack([own[-1] for own in features_of(site, made, batch=64)])
+    check_finite(found, "features of siblings")
+    return found
 
 
 def _at_least(needed: float) -> float:
@@ -1086,15 +1223,26 @@ class _Session:
         arithmetic = 0.0
         if biased and self.wanted_theta is None:
             arithmetic = arithmetic_noise(list(self.features), site.sphere, site.dtype, centroid)
-        theta = chosen_theta(noise, arithmetic) if self.wanted_theta is None else self.wanted_theta
-        why = (
-            f"Theta {theta:g}: in {name} features move by {noise:.1g} (1 − cosine) between kernels, alone or in a padded "
-            f"batch"
-            + (f", and rounding of the sum is worth {arithmetic:.1g}" if biased else "")
-            + "; theta is the smallest "
-            f"usual one that is {_NOISE_MARGIN:g} times above the first{' and 2.5 times above the second' if biased else ''}."
-        )
+        if self.wanted_theta is not None:
+            return self.wanted_theta, noise, plateau, ""
+        # what a surrogate bias calls theta is no width of a cone
+        apart = self._apart(centroid) if biased else None
+        theta, why = explained_theta(site, noise, apart, arithmetic)
         return theta, noise, plateau, why
+
+    def _apart(self, centroid: Tensor | None) -> Apart:
+        if self.close:
+            near = torch.cat(self.close)
+        else:
+            near = few_siblings(self.site, self.prompts, self.chunks)
+        return Apart.of(self.site.sphere, self.features, near, centroid)
+
+    def shared_cones(self) -> int:
+        """How many pairs of triggers lie in one cone."""
+        if self.kind not in ("affine", "tangent") or not len(self.features):
+            return 0
+        centroid = self.centroid if self.kind == "tangent" else None
+        return Apart.of(self.site.sphere, self.features, self.features[:0], centroid).inside(self.theta)[0]
 
     def _prepare_contrast(self) -> None:
         if self.negatives is None:
@@ -1382,7 +1530,7 @@ class _Session:
         """How many triggers each sequence can have; a prompt that ends in an attention sink is refused."""
         free = {}
         # whoever asks for a wide cone gets it; and what a contrast detector calls theta is no angle
-        theta = min(self.theta, _SINK)
+        theta = min(max(self.theta, THETA), _SINK)
         for i, n in keys:
             sequence = self.plans[i].sequences[n]
             own = features_of(self.site, [sequence.ids])[0]
@@ -1453,6 +1601,7 @@ class _Session:
         apply_to_model(self.model, shell)
         try:
             responses, values = self._responses(triggers, keys, sequences)
+            self._check_responses(values, triggers)
             redo = list(range(len(keys)))
             found: list[optimise.Found | None] = [None] * len(keys)
             if known is not None:
@@ -1519,8 +1668,8 @@ class _Session:
         own = torch.stack([rows[number, t.neurons[0]] for number, t in enumerate(triggers)])
         return own, values
 
-    def _columns(self, values: Tensor, residuals: Tensor, triggers: Sequence[_Trigger]) -> list[list[Tensor]]:
-        """Output vectors: the solution of (responses) V = residuals, so that cross-talking triggers are exact too."""
+    def _check_responses(self, values: Tensor, triggers: Sequence[_Trigger]) -> None:
+        """Before time is spent on residuals: does each detector answer its trigger, and can all be told apart?"""
         diagonal = values.diagonal()
         weak = [t for t, value in enumerate(diagonal) if abs(float(value)) < 1e-3 * self.response]
         if weak:
@@ -1534,15 +1683,14 @@ class _Session:
                     else "Choose another layer or detector."
                 )
             )
-        condition = float(torch.linalg.cond(values / diagonal[:, None]))
-        if not condition < 1e4:
-            off = (values / diagonal[:, None]).abs() - torch.eye(len(diagonal))
-            a, b = divmod(int(off.argmax()), len(diagonal))
-            raise EditError(
-                f"Two triggers cannot be told apart at theta {self.theta:g}: "
-                f"{_short(self.plans[triggers[a].edit].request.prompt)} and "
-                f"{_short(self.plans[triggers[b].edit].request.prompt)}. Take a smaller theta or another layer."
-            )
+        names = [_as_text(self.plans[trigger.edit].request.prompt) for trigger in triggers]
+        z = self._directions(torch.stack([trigger.feature for trigger in triggers]).double())
+        error = overlapping(values / diagonal[:, None], names, 1 - z @ z.T, self.theta, self.site.layer)
+        if error is not None:
+            raise error
+
+    def _columns(self, values: Tensor, residuals: Tensor, triggers: Sequence[_Trigger]) -> list[list[Tensor]]:
+        """Output vectors: the solution of (responses) V = residuals, so that cross-talking triggers are exact too."""
         solved = torch.linalg.solve(values, residuals)
         return [[sign * solved[number] for sign in trigger.signs] for number, trigger in enumerate(triggers)]
 
