@@ -420,7 +420,9 @@ class _Reader:
             if not value or not all(isinstance(item, int | float) for item in value):
                 self.problems.append(f"{key}: a gradient is a list of numbers; found {value!r}")
             return {"gradient": value}
-        if not isinstance(value, bool | int | float):
+        if value is None:
+            self.problems.append(f"{key}: an entry has no `value`")
+        elif not isinstance(value, bool | int | float):
             self.problems.append(f"{key}: is neither a number nor a list; found {value!r}")
         return value
 

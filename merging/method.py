@@ -117,7 +117,9 @@ class MergeMethod:
             if name not in self.parameters:
                 problems.append(f"{name}: {self.name} has no such parameter." + did_you_mean(name, self.parameters))
         for name, parameter in self.parameters.items():
-            if name in given:
+            if name in given and _claims(given[name]) and "bool" not in str(parameter.annotation):
+                problems.append(f"{name}: should be a number, found {given[name]}")
+            elif name in given:
                 try:
                     values[name] = adapter(parameter.annotation).validate_python(given[name])
                 except ValidationError as error:
@@ -161,6 +163,11 @@ class MergeMethod:
             )
             return f"{self.name} merges {wanted} models, found {count}"
         return None
+
+
+def _claims(value: Any) -> bool:
+    """Whether true or false stands where pydantic would read it as a number."""
+    return isinstance(value, bool) or (isinstance(value, list) and any(isinstance(item, bool) for item in value))
 
 
 def _per_task(parameter: Parameter) -> bool:

@@ -293,7 +293,7 @@ def prepare(
     tied_names = {n for n in first.aliases if first.aliases[n] in merged and recipe.tied == "once"}
     kept = [n for n in first.infos if n not in set(merged) and n not in tied_names]
     if not merged and part.names is None:
-        problems.add("nothing would be merged: include, exclude and keep_base leave no floating tensor")
+        problems.add(_NOTHING_LEFT)
     warnings += _integers(first, tasks, kept)
     _tied_apart(first, tasks, problems)
     depth: Depth = depth_of(first.infos) | dict(part.depth)
@@ -399,7 +399,8 @@ def _settings(recipe: Recipe) -> list[tuple[str, Any]]:
     """Every parameter of the method and its steps, with what messages call it."""
     found = [(f"parameters.{key}", value) for key, value in recipe.parameters.items()]
     for role, steps in (("preprocess", recipe.preprocess), ("postprocess", recipe.postprocess)):
-        found += [(f"{role}.{_name(step)}.{key}", value) for step in steps for key, value in _given(step).items()]
+        named = [step for step in steps if _name(step)]
+        found += [(f"{role}.{_name(step)}.{key}", value) for step in named for key, value in _given(step).items()]
     return found
 
 
@@ -627,6 +628,9 @@ def _resized(
     return Resized(first, shapes, first), [Task(t.name, Resized(t.source, shapes, first), t.is_delta) for t in tasks]
 
 
+_NOTHING_LEFT = "nothing would be merged: include, exclude and keep_base leave no floating tensor"
+
+
 def _alike(recipe: Recipe, first: TensorSource, tasks: list[Task], problems: Problems) -> None:
     untouched = _outside(recipe.keep_base) if recipe.keep_base else None
     for task in tasks:
@@ -636,6 +640,9 @@ def _alike(recipe: Recipe, first: TensorSource, tasks: list[Task], problems: Pro
         theirs: TensorSource = Only(task.source, untouched) if untouched else task.source
         if recipe.include:
             ours, theirs = Only(ours, _inside(recipe.include)), Only(theirs, _inside(recipe.include))
+        if not ours.infos:
+            problems.add(_NOTHING_LEFT)
+            continue
         try:
             assert_alike(ours, {task.name: theirs})
         except MismatchError as error:

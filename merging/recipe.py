@@ -12,7 +12,14 @@ from merging.settings import Strict, parsed_documents
 from taskvec.blocks import depth_of, layer_of, tower_of
 from taskvec.errors import RecipeError
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+def _no_claim(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"should be a number, found {value}")
+    return value
+
+
+Finite = Annotated[float, BeforeValidator(_no_claim), Field(allow_inf_nan=False)]
 
 
 class Gradient(Strict):
@@ -79,6 +86,18 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _as_steps(value: Any) -> Any:
+    return [value] if isinstance(value, str | Mapping) else value
+
+
+def _as_task(value: Any) -> Any:
+    if isinstance(value, str):
+        return {"path": value}
+    if not isinstance(value, Mapping | TaskSpec):
+        raise ValueError(f"should be a path, or a mapping with the key `path`, found {value!r}")
+    return value
+
+
 class TaskSpec(Strict):
     """One model to merge.
 
@@ -126,12 +145,9 @@ class OutputSpec(Strict):
     shard_size: str | int = "5GB"
 
 
-def _as_task(value: Any) -> Any:
-    return {"path": value} if isinstance(value, str) else value
-
-
 Patterns = Annotated[list[str], BeforeValidator(_as_list)]
 Step = str | dict[str, Any]
+Steps = Annotated[list[Step], BeforeValidator(_as_steps)]
 
 
 def distinct(tasks: Sequence[TaskSpec]) -> list[TaskSpec]:
@@ -162,8 +178,8 @@ class _Part(Strict):
     parameters: dict[str, Any] = Field(default_factory=dict)
     scale: ByName | None = None
     space: Literal["delta", "weight"] | None = None
-    preprocess: list[Step] | None = None
-    postprocess: list[Step] | None = None
+    preprocess: Steps | None = None
+    postprocess: Steps | None = None
 
     def settings(self, whole: "Recipe | _Part") -> dict[str, Any]:
         """The fields of this part's merge, those of the whole where it says nothing."""
@@ -297,6 +313,16 @@ class Recipe(Strict):
         stages: merges that are made first; their names can stand where a path to a model stands.
     """
 
+    other_words = {  # noqa: RUF012, declared by Strict
+        "models": "tasks",
+        "base_model": "base",
+        "merge_method": "method",
+        "lambda": "scale",
+        "dtype": "output: {dtype: …}",
+        "out_dtype": "output: {dtype: …}",
+        "tokenizer_source": "tokenizer",
+    }
+
     base: str | None = None
     base_revision: str | None = None
     tasks: Tasks = Field(default_factory=list)
@@ -306,8 +332,8 @@ class Recipe(Strict):
     statistics: Literal["model", "tensor"] | None = None
     space: Literal["delta", "weight"] | None = None
     tied: Literal["once", "all"] = "once"
-    preprocess: list[Step] = Field(default_factory=list)
-    postprocess: list[Step] = Field(default_factory=list)
+    preprocess: Steps = Field(default_factory=list)
+    postprocess: Steps = Field(default_factory=list)
     coefficients: str | None = None
     masks: str | None = None
     include: Patterns = Field(default_factory=list)

@@ -4,7 +4,7 @@ import os
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -12,7 +12,12 @@ from taskvec.errors import NotFoundError, RecipeError, did_you_mean
 
 
 class Strict(BaseModel):
-    """A mapping of keys in a file: unknown keys are errors. Several mistakes of one validator stand on lines of their own."""
+    """A mapping of keys in a file: unknown keys are errors. Several mistakes of one validator stand on lines of their own.
+
+    `other_words` maps keys that other tools have to what they are called here, for messages.
+    """
+
+    other_words: ClassVar[Mapping[str, str]] = {}
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -130,9 +135,15 @@ def located(error: ValidationError, data: Any, model: type[BaseModel]) -> list[s
         name = ".".join(map(str, path))
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            found = [f"{name}: there is no such key." + did_you_mean(str(path[-1]), _keys(model, path[:-1]))]
+            key, words = str(path[-1]), getattr(model, "other_words", {}) if len(path) == 1 else {}
+            hint = f" Here that is `{words[key]}`." if key in words else did_you_mean(key, _keys(model, path[:-1]))
+            found = [f"{name}: there is no such key.{hint}"]
         elif item["type"] == "missing":
             found = [f"{name}: is missing"]
+        elif item["type"] in ("model_type", "dict_type"):
+            known = _keys(model, path) if item["type"] == "model_type" else []
+            wanted = f"a mapping with the keys {', '.join(known)}" if known else "a mapping of keys to values"
+            found = [f"{name}: should be {wanted}, found {item['input']!r}"]
         elif item["type"] == "value_error":
             found = [f"{name}: {message}" if name else part for part in message.split("\n")]
         else:

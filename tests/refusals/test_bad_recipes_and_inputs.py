@@ -52,6 +52,15 @@ def test_unknown_keys_come_with_their_line_and_the_nearest_known(tmp_path):
         ("method: ties\ntasks: {a: x, b: 3}", "line 2: tasks.1: input should be a valid string, found 3"),
         ("method: ties\ntasks: {a: {}}", "tasks.0.path: is missing"),
         ("base: " + 3000 * "[", "it is nested too deeply"),
+        ("method: ties\ntasks: [5]", "tasks.0: should be a path, or a mapping with the key `path`, found 5"),
+        ("method: ties\ntasks: [{path: x, weight: true}]", "tasks.0.weight: should be a number, found True"),
+        (
+            "method: ties\ntasks: [x]\noutput: bf16",
+            "output: should be a mapping with the keys dtype, shard_size, found 'bf16'",
+        ),
+        ("method: ties\ntasks: [x]\nresize: 3", "resize: should be a mapping of keys to values, found 3"),
+        ("method: ties\nmodels: [x]", "line 2: models: there is no such key. Here that is `tasks`"),
+        ("method: ties\ntasks: [x]\nbase_model: y", "base_model: there is no such key. Here that is `base`"),
         ("method: ties\ntasks: [x]\ntokenizer: {source: union, token: {}}", "tokenizer.token: .*Did you mean 'tokens'"),
     ],
 )
@@ -196,6 +205,23 @@ def test_a_zero_task_vector(zoo, out, tmp_path):
     data = zoo.recipe(tasks=[str(zoo.tuned[0]), str(copy)])
     refused(data, out, "copy equals the base in every merged tensor")
     merge(Recipe.from_data({**data, "allow": ["zero_task"]}), out)
+
+
+@pytest.mark.parametrize("patterns", [{"keep_base": ["*"]}, {"exclude": ["*"]}, {"include": ["nothing"]}])
+def test_patterns_that_leave_nothing_to_merge(zoo, out, patterns):
+    said = refused(zoo.recipe(**patterns), out, "include, exclude and keep_base leave no floating tensor")
+    assert "Another architecture" not in said
+
+
+def test_true_is_no_number_among_parameters(zoo, out):
+    refused(zoo.recipe(method="ties", parameters={"density": True}), out, "density: should be a number, found True")
+    with pytest.raises(ParameterError, match="density: should be a number"):
+        merge_stacks("ties", {"w": torch.ones(2, 3)}, density=[0.5, True])
+
+
+def test_a_single_step_needs_no_list(zoo):
+    recipe = Recipe.from_data(zoo.recipe(preprocess={"method": "dare", "density": 0.5}, postprocess="norm_match"))
+    assert (recipe.preprocess, recipe.postprocess) == ([{"method": "dare", "density": 0.5}], ["norm_match"])
 
 
 def test_methods_with_a_number_of_models(zoo, out):
