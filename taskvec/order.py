@@ -6,7 +6,9 @@ with counts when they are many. The result is verified by its rank: a bracket th
 radix count over the ordered bits of the floats (16 bits a pass). Either way the answer is the same number.
 """
 
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,7 +68,7 @@ def order_statistics(of: Callable[[Tile], Tensor], ranks: Sequence[Sequence[int]
     rows = values.detach().to("cpu").numpy()
     if whole:
         return [[_of_sorted(np.sort(row), rank) for rank in wanted] for row, wanted in zip(rows, ranks)]
-    brackets = [_brackets(row, wanted, numel) for row, wanted in zip(rows, ranks)]
+    brackets = _each(lambda row, wanted: _brackets(row, wanted, numel), rows, ranks)
     del values, rows
 
     def count(tile: Tile) -> list[list[_Count]]:
@@ -86,6 +88,17 @@ def order_statistics(of: Callable[[Tile], Tensor], ranks: Sequence[Sequence[int]
                 if row[position] is None:
                     row[position] = late[rank]
     return found
+
+
+def _each(
+    function: Callable[[Any, Any], Any], rows: "np.ndarray[Any, Any]", ranks: Sequence[Sequence[int]]
+) -> list[Any]:
+    """A function of each row; of large ones in threads, since numpy sorts without holding up others."""
+    threads = min(len(rows), len(os.sched_getaffinity(0))) if rows.size > SAMPLE // 8 else 1
+    if threads == 1:
+        return [function(row, wanted) for row, wanted in zip(rows, ranks)]
+    with ThreadPoolExecutor(threads, "taskvec-sort") as pool:
+        return list(pool.map(function, rows, ranks))
 
 
 def _of_sorted(ordered: "np.ndarray[Any, Any]", rank: int) -> OrderStatistic:

@@ -525,11 +525,13 @@ class _Sweep:
         if self.whole:
             return [(name, 0, self.deltas.infos[name].numel) for name in self._largest_first()]
         size = max(self.tile, SEGMENT)
-        return [
+        items = [
             (name, start, min(start + size, info.numel))
             for name, info in self.deltas.infos.items()
             for start in range(0, max(info.numel, 1), size)
         ]
+        # every other pass goes backwards: what the one before it read last is still in the page cache
+        return items if self.outcome.passes % 2 else items[::-1]
 
     def _largest_first(self) -> list[str]:
         """File order, except that tensors big enough to be a worker's last straw come first."""
@@ -916,15 +918,19 @@ class _Sweep:
         for name, start, stop in blocks:
             wanted.setdefault(name, []).append((start, stop))
         source: Any = self._within()
-        parts = []
-        for name, places in wanted.items():
+
+        def listed(name: str, places: list[tuple[int, int]]) -> Tensor:
             if self._held is not None:
-                parts.append(native.listed(self._held.gathered(places), values))
-            elif self.deltas.infos[name].dtype == torch.float32 and source.compiles(name):
-                parts.append(native.listed(source.gathered(name, places), values))
-            else:
-                parts += [sample.of(self.deltas.tile(name, *place)).float() for place in places]
-        return torch.cat(parts, -1)
+                return native.listed(self._held.gathered(places), values)
+            if self.deltas.infos[name].dtype == torch.float32 and source.compiles(name):
+                return native.listed(source.gathered(name, places), values)
+            with _single_threaded():
+                return torch.cat([sample.of(self.deltas.tile(name, *place)).float() for place in places], -1)
+
+        if self.workers == 1 or len(wanted) == 1:
+            return torch.cat([listed(*one) for one in wanted.items()], -1)
+        with ThreadPoolExecutor(min(self.workers, len(wanted)), "taskvec-sample") as pool:
+            return torch.cat(list(pool.map(listed, wanted, wanted.values())), -1)
 
     def _sample_of_wholes(self, sample: Sample) -> Tensor:
         """The same blocks, where stages must see tensors whole: one tensor at a time, of which only the blocks stay."""

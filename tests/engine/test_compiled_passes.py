@@ -331,3 +331,26 @@ def test_tiny_and_huge_vectors_have_norms():
         squares = stored.squares()
         native.load(stored, torch.empty(1, 4000), None, squares)
         assert squares.sum() == pytest.approx(4000 * float(row[0].double()) ** 2, rel=1e-6)
+
+
+@compiled
+def test_every_other_pass_goes_backwards_to_find_its_inputs_in_the_page_cache(tmp_path, monkeypatch):
+    shapes = {f"w{i}": (100_000,) for i in range(3)}
+    for place in range(3):
+        values = {name: torch.randn(shape) for name, shape in shapes.items()}
+        write(Checkpoint.open(values), tmp_path / f"m{place}.safetensors")
+    seen: dict[str, list[str]] = {"count": [], "merge": []}
+    for name, order in seen.items():
+        call = getattr(native, name)
+
+        def recorded(stored, *given, call=call, order=order):
+            order.append(stored.name)
+            return call(stored, *given)
+
+        monkeypatch.setattr(native, name, lambda *a, recorded=recorded, **k: recorded(*a, *k.values()))
+    paths = [str(tmp_path / f"m{place}.safetensors") for place in range(3)]
+    recipe = {"method": "ties", "base": paths[0], "tasks": paths[1:], "workers": 1}
+    merge(Recipe.from_data(recipe), tmp_path / "out")
+    count, last = (list(dict.fromkeys(order)) for order in seen.values())
+    assert count == list(shapes)
+    assert last == count[::-1]
