@@ -475,19 +475,25 @@ class _Sweep:
             return False
         for name, plan in plans.items():
             asked = next_of(plan, None, name)
-            told = formula_of(asked.of) if isinstance(asked, Fold) else None
-            if told is None or told.name != "gram":
+            wanted = formula_of(asked.of) if isinstance(asked, Fold) else None
+            if wanted is None or wanted.name != "gram":
                 return False
         products = there.gram()
-        if not all(bool(torch.isfinite(found).all()) for found in products.values()):
+        if not bool(torch.stack(list(products.values())).isfinite().all()):
             return False  # what is wrong is found tensor by tensor
-        chosen = []
+        told: list[tuple[str, Tensor, list[float], Mapping[str, Any]]] = []
         for name, rows, weights in stacks:
-            kernel = next_of(plans[name], [exact(value) for value in products[name].flatten().tolist()], name)
-            told = formula_of(kernel) if callable(kernel) else None
-            if told is None or told.name != "combination":
+            kernel = next_of(plans[name], products[name], name)
+            known = formula_of(kernel) if callable(kernel) else None
+            if known is None or known.name != "combination":
                 return False
-            chosen.append(fused.Entry(name, rows, None, told.numbers["coefficients"](weights)))
+            told.append((name, rows, weights, known.numbers))
+        together = told[0][3].get("together")
+        if together is not None:  # what follows then only looks up what was found for all
+            together([(numbers["of"], weights) for _, _, weights, numbers in told])
+        chosen = [
+            fused.Entry(name, rows, None, numbers["coefficients"](weights)) for name, rows, weights, numbers in told
+        ]
         self._fused = fused.Resident(chosen)
         self._fused.merge(Formula("weighted sum", {}), self.sink.places, self.sink.scale)
         self._after_fused()
