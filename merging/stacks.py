@@ -142,7 +142,7 @@ def _numbers(what: str, values: Any, count: int, problems: Problems) -> list[flo
         problems.add(f"{what}: expected one number for each of {count} tasks, found {values!r}")
         return None
     if len(found) != count:
-        problems.add(f"{what}: found {len(found)} for {count} tasks")
+        problems.add(f"{what}: {len(found)} {what} for {count} tasks")
     wrong = [value for value in found if not _is_number(value)]
     problems.extend(f"{what}: {value!r} is not a finite number" for value in wrong)
     return None if problems else [float(value) for value in found]

@@ -12,7 +12,7 @@ STACKS = {"w": torch.arange(24.0).view(3, 8) - 11}
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"weights": [1, 1]}, "weights: found 2 for 3 tasks"),
+        ({"weights": [1, 1]}, "weights: 2 weights for 3 tasks"),
         ({"weights": 1.0}, "weights: expected one number for each of 3 tasks, found 1.0"),
         ({"weights": {"a": 1}}, "weights: expected one number for each of 3 tasks"),
         ({"weights": [1, 1, float("nan")]}, "weights: nan is not a finite number"),
@@ -78,7 +78,7 @@ def test_steps_that_are_none_are_refused(steps, message):
 
 def test_contributions_are_weighed_by_numbers():
     parts = merge_stacks("pcb", STACKS, contributions=True)
-    with pytest.raises(ParameterError, match="weights: found 2 for 3 tasks"):
+    with pytest.raises(ParameterError, match="weights: 2 weights for 3 tasks"):
         parts.merged([1, 2])
     with pytest.raises(ParameterError, match="weights: nan is not a finite number"):
         parts.merged([1, 2, float("nan")])
