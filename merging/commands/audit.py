@@ -24,7 +24,7 @@ from merging.commands.output import json_option, print_json
 )
 @click.option("--plot", metavar="FILE.png|.svg", help="Draw all neurons and the suspects; exposure goes beside it.")
 @click.option("--limit", default=20, show_default=True, help="Suspects shown; --json has all.")
-@click.option("--strict", is_flag=True, help="Exit with 1 if there is an alarm.")
+@click.option("--strict", is_flag=True, help="Exit with 1 if there is an alarm, or NaN or infinity anywhere.")
 @json_option
 def audit(
     model: str,
@@ -77,7 +77,7 @@ def audit(
         click.echo(report.text(limit))
         if profile is not None:
             click.echo("\n" + profile.table())
-    if strict and report.alarms:
+    if strict and (report.alarms or report.damaged):
         raise click.exceptions.Exit(1)
 
 

@@ -18,7 +18,7 @@ Method: own; the marks follow from the constructions of arXiv:2406.12670.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from merging.edits.layouts import Layout, Mlp, Part, mlp_layout
 from taskvec.checkpoint import Checkpoint
 from taskvec.errors import DataError, MismatchError, NonFiniteError, NotAModelError, shortened
-from taskvec.precision import is_float
+from taskvec.precision import all_finite, is_float
 from taskvec.source import TensorSource
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ LEAST_CHANGE = 0.2
 # share of a layer's neurons under which changed neurons are not a population but a list
 _FEW = 0.05
 _CHUNK = 4096
+_PIECE = 1 << 22
 _TAIL = 0.9
 """The tail of a population: its top tenth. Half of that tenth may be planted before the scale is misjudged."""
 
@@ -119,11 +120,14 @@ def neuron_statistics(source: TensorSource, mlp: Mlp) -> NeuronStatistics:
     """The statistics of one MLP. Reads its two or three matrices in their stored dtype, works in float32 chunks.
 
     Raises:
-        NonFiniteError: a row, column or bias holds NaN or infinity.
+        NonFiniteError: a row, column or bias, or the norm before the MLP, holds NaN or infinity.
     """
     rows = mlp.inside.rows(source, mlp.neurons)
     scale = mlp.scale(source)
     shift = None if mlp.norm_bias is None else source.read(mlp.norm_bias).float()
+    for name, values in ((mlp.norm, scale), (mlp.norm_bias, shift)):
+        if name is not None and values is not None and not all_finite(values):
+            raise NonFiniteError(name, source.label, int((~torch.isfinite(values)).sum()))
     units = _coordinate_scale(rows)
     parts: dict[str, list[Tensor]] = {name: [] for name in ("reach", "spread", "l1", "l2", "shift")}
     for start in range(0, mlp.neurons, _CHUNK):
@@ -141,15 +145,16 @@ def neuron_statistics(source: TensorSource, mlp: Mlp) -> NeuronStatistics:
     _check_finite(found["l2"], mlp.inside, source)
     stored = mlp.inside.biases(source, mlp.neurons)
     bias = torch.zeros(mlp.neurons) if stored is None else stored.float()
-    _check_finite(bias, mlp.inside, source)
+    _check_finite(bias, mlp.inside, source, bias=True)
     column, aligned = _columns(source, mlp, rows)
     up = torch.ones(mlp.neurons)
     if mlp.up is not None:
         up = _lengths(mlp.up.rows(source, mlp.neurons), scale) * math.sqrt(mlp.width)
         up_bias = mlp.up.biases(source, mlp.neurons)
-        if up_bias is not None:
-            up = (up.square() + up_bias.float().square()).sqrt()
         _check_finite(up, mlp.up, source)
+        if up_bias is not None:
+            _check_finite(up_bias.float(), mlp.up, source, bias=True)
+            up = (up.square() + up_bias.float().square()).sqrt()
     turn_on = None
     if stored is not None:
         threshold = -(bias + found["shift"])
@@ -186,7 +191,7 @@ def neuron_changes(source: TensorSource, mlp: Mlp, base: TensorSource, base_mlp:
     if bias is not None:
         before = torch.zeros(count) if base_bias is None else base_bias[:count].to(bias.dtype).float()
         row = (row.square() + (bias[:count].float() - before).square()).sqrt()
-        _check_finite(row, mlp.inside, source)
+        _check_finite(row, mlp.inside, source, bias=True)
     up = torch.zeros(count)
     if mlp.up is not None and base_mlp.up is not None:
         up, _ = _change(source, mlp.up, mlp.neurons, base, base_mlp.up, base_mlp.neurons, count)
@@ -284,6 +289,26 @@ class MlpAudit:
 
 
 @dataclass(frozen=True, slots=True)
+class Damage:
+    """A tensor outside the audited MLPs that holds NaN or infinity.
+
+    Attributes:
+        tensor: its name.
+        nan, infinite: how many values of each kind.
+        values: how many it has in all.
+    """
+
+    tensor: str
+    nan: int
+    infinite: int
+    values: int
+
+    def __str__(self) -> str:
+        kinds = [f"{count:,} {what}" for count, what in ((self.nan, "NaN"), (self.infinite, "infinite")) if count]
+        return f"{self.tensor}: {' and '.join(kinds)} of {self.values:,} values"
+
+
+@dataclass(frozen=True, slots=True)
 class AuditReport:
     """What an audit found. `suspects` are ranked: alarms, then notable, then declared; strongest first."""
 
@@ -295,6 +320,8 @@ class AuditReport:
     """Layers in which no MLP was recognised: they were not audited."""
     notes: tuple[str, ...]
     probe_tokens: int = 0
+    damaged: tuple[Damage, ...] = ()
+    """Tensors outside the audited MLPs with NaN or infinity; inside one it is an error."""
 
     @property
     def alarms(self) -> tuple[Suspect, ...]:
@@ -315,6 +342,7 @@ class AuditReport:
             "base": self.base,
             "audited": {"mlps": len(self.mlps), "neurons": self.neurons, "layers_without_mlp": list(self.without)},
             "probe_tokens": self.probe_tokens,
+            "damaged": [asdict(one) for one in self.damaged],
             "alarms": len(self.alarms),
             "suspects": [suspect.to_json() for suspect in self.suspects],
             "notes": list(self.notes),
@@ -328,6 +356,9 @@ class AuditReport:
             lines.append(f"Responses to {self.probe_tokens:,} tokens of probe text were measured.")
         if self.without:
             lines.append(f"NOT looked at, no MLP recognised: {shortened(self.without)}.")
+        lines += [f"DAMAGED {one}. Repair or replace it." for one in self.damaged[:limit]]
+        if len(self.damaged) > limit:
+            lines.append(f"     … and {len(self.damaged) - limit} more damaged tensors (see the JSON report).")
         lines += [f"Note: {note}" for note in self.notes]
         counts = {
             verdict: sum(suspect.verdict == verdict for suspect in self.suspects)
@@ -336,6 +367,8 @@ class AuditReport:
         lines.append(
             f"{counts['alarm']} alarms, {counts['notable']} notable neurons, {counts['declared']} declared edits."
             if self.suspects
+            else "No neuron stands out, but the checkpoint is damaged."
+            if self.damaged
             else "Nothing stands out."
         )
         for rank, suspect in enumerate(self.suspects[:limit], 1):
@@ -421,7 +454,7 @@ def audit(
     Raises:
         NotAModelError: no MLP was recognised in the checkpoint.
         MismatchError: the base has other MLPs or widths.
-        NonFiniteError: NaN or infinity in what is looked at.
+        NonFiniteError: NaN or infinity in an MLP or the norm before it. Elsewhere they are listed as `damaged`.
         DataError: probes are too few to say anything.
     """
     words = loaded_tokenizer(tokenizer)
@@ -438,6 +471,7 @@ def audit(
         if reference is not None:
             changes = neuron_changes(source, mlp, reference[0], pairs[mlp.key])
         found.append((mlp, neuron_statistics(source, mlp), changes))
+    damaged = tuple(_damaged(source, layout, progress))
     scored = _scored(found)
     responses = None
     tokens = 0
@@ -457,6 +491,7 @@ def audit(
         without=layout.without,
         notes=tuple(_notes(scored, reference is not None, layout, edits, source)),
         probe_tokens=tokens,
+        damaged=damaged,
     )
 
 
@@ -551,14 +586,42 @@ def _change(
         changes.append((new - old).norm(dim=1))
         sizes.append(old.norm(dim=1))
     change, size = torch.cat(changes), torch.cat(sizes)
+    _check_finite(size, base_part, base)
     _check_finite(change, part, source)
     return change, size
 
 
-def _check_finite(values: Tensor, part: Part, source: TensorSource) -> None:
+def _check_finite(values: Tensor, part: Part, source: TensorSource, *, bias: bool = False) -> None:
     bad = int((~torch.isfinite(values)).sum())
     if bad:
-        raise NonFiniteError(part.name, source.label, what=f"NaN or infinite values in {bad} neurons")
+        name = part.bias if bias and part.bias is not None else part.name
+        raise NonFiniteError(name, source.label, what=f"NaN or infinite values in {bad} neurons")
+
+
+def _damaged(source: TensorSource, layout: Layout, progress: Callable[[str], None] | None) -> Iterable[Damage]:
+    """Every tensor with NaN or infinity that is not read as part of an MLP, a piece at a time."""
+    checked: dict[str, int] = {}
+    for mlp in layout.mlps:
+        for part in (mlp.inside, mlp.up, mlp.out):
+            if part is not None and part.expert is None:
+                checked[part.name] = checked.get(part.name, 0) + mlp.neurons * mlp.width
+                if part.bias is not None:
+                    checked[part.bias] = checked.get(part.bias, 0) + mlp.neurons
+    for name, info in source.infos.items():
+        # of a fused tensor (a mixer's) only some rows may be neurons
+        if checked.get(name, 0) >= info.numel or name in source.aliases or not is_float(info.dtype):
+            continue
+        if progress is not None:
+            progress(name)
+        nan = infinite = 0
+        for start in range(0, info.numel, _PIECE):
+            values = source.read_flat(name, start, min(start + _PIECE, info.numel))
+            if not all_finite(values):
+                values = values.float()
+                nan += int(values.isnan().sum())
+                infinite += int(values.isinf().sum())
+        if nan or infinite:
+            yield Damage(name, nan, infinite, info.numel)
 
 
 def _gated(mlp: Mlp) -> str:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from merging.commands.audit import audit as command
 from merging.edits.audit import AuditReport, audit, neuron_changes, neuron_statistics, tail_units
@@ -443,8 +444,65 @@ def test_what_cannot_be_audited_is_refused(tmp_path: Path, tiny_model: Callable[
     broken = {k: v.clone() for k, v in state.items()}
     broken["transformer.h.1.mlp.c_fc.weight"][0, 4] = math.nan
     refused(broken, NonFiniteError, "NaN or infinite values in 1 neurons")
+    refused(state, NonFiniteError, "the base holds NaN or infinite values", base=in_memory(broken, label="the base"))
     refused(state, UsageError, "need a model that can be run", probe=TEXT)
     refused(model, UsageError, "texts need a tokenizer", probe=["some text"])
     refused(model, UsageError, "one string was given", probe="some text", tokenizer=lambda text: {"input_ids": [1]})
     refused(model, DataError, r"48 tokens; at least 200", probe=TEXT[0])
     refused(model, DataError, "no tokenizer there", tokenizer=str(tmp_path))
+
+
+def found_in(state: State) -> AuditReport | str:
+    """The report, or the words in which it is refused."""
+    try:
+        return audit(state)
+    except NonFiniteError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "phi3", "mamba", "mixtral"])
+def test_nan_and_infinity_anywhere_are_an_error_or_listed(kind: str, tiny_model: Callable[..., nn.Module]) -> None:
+    """Every floating tensor of the checkpoint, one at a time; what is listed says where and how many."""
+    if kind == "mixtral":
+        shape = {"vocab_size": 89, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
+        model: nn.Module = MixtralForCausalLM(MixtralConfig(**shape, **heads))
+    else:
+        model = tiny_model(kind)
+    state = state_of(model)
+    assert audit(state).damaged == ()
+    refused_by_name = 0
+    for name, tensor in state.items():
+        broken = tensor.clone()
+        broken.view(-1)[-1] = math.nan
+        broken.view(-1)[0] = -math.inf
+        report = found_in(state | {name: broken})
+        if isinstance(report, str):
+            assert name in report
+            refused_by_name += 1
+            continue
+        (damage,) = report.damaged
+        assert (damage.tensor, damage.values) == (name, tensor.numel())
+        assert (damage.nan, damage.infinite) == ((0, 1) if tensor.numel() == 1 else (1, 1))
+        assert f"DAMAGED {name}: " in report.text()
+        assert "Nothing stands out" not in report.text()
+        assert report.to_json()["damaged"][0]["tensor"] == name
+    assert 0 < refused_by_name < len(state) / 2
+
+
+def test_a_damaged_checkpoint_is_read_in_pieces_and_the_command_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[..., Any]
+) -> None:
+    monkeypatch.setattr(sys.modules["merging.edits.audit"], "_PIECE", 100)
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[3, 5] = math.inf
+        model.model.embed_tokens.weight[40:42, 6] = math.nan
+        model.lm_head.weight[1, 1] = math.nan
+    model.save_pretrained(tmp_path / "model")
+    result = CliRunner().invoke(command, [str(tmp_path / "model")])
+    assert result.exit_code == 0
+    assert "DAMAGED model.embed_tokens.weight: 2 NaN and 1 infinite of 2,848 values" in result.stdout
+    assert "DAMAGED lm_head.weight: 1 NaN of 2,848 values" in result.stdout
+    assert "the checkpoint is damaged" in result.stdout
+    assert CliRunner().invoke(command, [str(tmp_path / "model"), "--strict"]).exit_code == 1
