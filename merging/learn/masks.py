@@ -13,14 +13,22 @@ that, since the gradients are known: for g = ∂L/∂θ and T = Σ λ_i τ_i, wi
 """
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, overload
 
 import torch
 from torch import Tensor
 
-from taskvec.errors import MismatchError, MissingTensorError, ParameterError, Problems, UsageError, did_you_mean
-from taskvec.precision import compute_dtype, is_float, rounded
+from taskvec.errors import (
+    MismatchError,
+    NonFiniteError,
+    ParameterError,
+    Problems,
+    UsageError,
+    did_you_mean,
+)
+from taskvec.precision import all_finite, compute_dtype, is_float, rounded
 
 Tensors = Mapping[str, Tensor]
 Vector = Any
@@ -118,10 +126,12 @@ def rescale(mask: Tensor | Tensors) -> Tensor | dict[str, Tensor]:
     """Each tensor of the mask divided by its own mean, so that every tensor's mask has mean 1.
 
     Args:
-        mask: name to tensor with values in [0, 1], or one tensor. A tensor that is zero everywhere stays zero
+        mask: name to tensor with values in [0, 1] (or true and false), or one tensor. A tensor that is zero everywhere stays zero
             (the authors' code divides 0 by 0 there).
     """
     if isinstance(mask, Tensor):
+        if not mask.is_floating_point():
+            mask = mask.to(torch.float32)
         mean = mask.mean()
         return mask / torch.where(mean == 0, torch.ones_like(mean), mean)
     return {name: rescale(tensor) for name, tensor in mask.items()}
@@ -148,14 +158,17 @@ class ConcreteMask:
     """
 
     def __init__(self, logits: Tensors, temperature: float = 0.5):
+        if not isinstance(logits, Mapping):
+            raise UsageError(f"logits: expected name to tensor, found a {type(logits).__name__}")
         problems = Problems()
-        if not temperature > 0:
+        if not 0 < temperature < math.inf:
             problems.add(
                 f"temperature: {temperature} is not positive; the relaxation is defined for > 0 (published: 0.5)"
             )
         for name, tensor in logits.items():
-            if not tensor.is_floating_point():
-                problems.add(f"{name}: logits are {tensor.dtype}, expected a floating dtype")
+            if not getattr(tensor, "is_floating_point", bool)():
+                kind = getattr(tensor, "dtype", type(tensor).__name__)
+                problems.add(f"{name}: logits are {kind}, expected a tensor of a floating dtype")
         problems.raise_if_any(ParameterError)
         self.logits = dict(logits)
         self.temperature = float(temperature)
@@ -258,10 +271,18 @@ class ConcreteMask:
             raise UsageError("sample: give either `uniform` (recorded noise) or `seed`, and not both")
         if seed is not None:
             return self.uniform(seed, step)
-        self._check(uniform or {}, "noise")
-        return uniform or {}
+        assert uniform is not None
+        self._check(uniform, "noise")
+        outside = [
+            name for name in self.logits if not bool(((uniform[name] >= 0) & (uniform[name] <= 1)).all())
+        ]  # NaN is outside, too
+        if outside:
+            raise ParameterError([f"{name}: noise must lie in [0, 1]" for name in outside])
+        return uniform
 
     def _check(self, tensors: Tensors, what: str) -> None:
+        if not isinstance(tensors, Mapping):
+            raise UsageError(f"{what}: expected name to tensor, found a {type(tensors).__name__}")
         problems = Problems()
         for name, tensor in self.logits.items():
             if name not in tensors:
@@ -295,8 +316,8 @@ def merged_names(base: Tensors, vectors: Sequence[Vector]) -> list[str]:
 def masked_merge(
     base: Tensors,
     vectors: Vectors,
-    coefficients: "Tensor | Sequence[float]",
-    mask: "Tensors | Sequence[Tensors] | None" = None,
+    coefficients: "Tensor | Sequence[float] | Mapping[str, float]",
+    mask: "Tensors | Sequence[Tensors] | Mapping[str, Tensors] | None" = None,
     *,
     clamp: bool = False,
     order: Sequence[str] | None = None,
@@ -306,9 +327,10 @@ def masked_merge(
     Args:
         base: name to tensor; everything in it is returned, tensors without a task vector unchanged.
         vectors: task vectors in task order: name to delta, or `TaskVector`s.
-        coefficients: λ, [task], or [task, layer] with one column per merged tensor.
-        mask: name to weights, already rescaled where that is wanted; one mask for all tasks, or a sequence with one
-            mask per task (θ0 + Σ λ_i m_i ⊙ τ_i). None merges without a mask.
+        coefficients: λ, [task], or [task, layer] with one column per merged tensor; or task name to λ, where the vectors
+            have names.
+        mask: name to weights, already rescaled where that is wanted; one mask for all tasks, or one mask per task, as a
+            sequence or by task name (θ0 + Σ λ_i m_i ⊙ τ_i). None merges without a mask.
         clamp: clamp the coefficients to [0, 1] first (the authors' `clamp_weights`).
         order: tensor names in the order of the coefficients' columns; default: the base's order.
 
@@ -317,14 +339,14 @@ def masked_merge(
 
     Raises:
         MismatchError: names, shapes or counts that do not fit; every one is listed.
+        NonFiniteError: the result holds NaN or infinity.
 
     Paper: arXiv:2410.13910. The authors scale, mask and add each task vector in turn; the sum is the same.
     """
     tasks = list(vectors.values()) if isinstance(vectors, Mapping) else list(vectors)
     names = list(order) if order is not None else merged_names(base, tasks)
-    weights = torch.as_tensor(coefficients)
-    weights = weights if weights.is_floating_point() else weights.to(torch.float32)
-    masks = _masks(mask, len(tasks))
+    weights = _coefficients(coefficients, vectors)
+    masks = _masks(mask, vectors)
     _check_merge(base, tasks, weights, masks, names)
     if clamp:
         weights = weights.clamp(0, 1)
@@ -345,7 +367,10 @@ def masked_merge(
             continue
         if len(masks) == 1:
             total = masks[0][name].to(total) * total
-        merged[name] = rounded(base[name].to(dtype) + total, base[name].dtype, where=name)[0]
+        whole = base[name].to(dtype) + total
+        if not all_finite(whole.detach()):
+            raise NonFiniteError(name, "the merge", int((~torch.isfinite(whole)).sum()))
+        merged[name] = rounded(whole, base[name].dtype, where=name)[0]
     return merged
 
 
@@ -353,7 +378,7 @@ def masked_merge(
 def masked_merge_gradient(
     cotangent: Tensors,
     vectors: Vectors,
-    coefficients: "Tensor | Sequence[float]",
+    coefficients: "Tensor | Sequence[float] | Mapping[str, float]",
     mask: Tensors | None = None,
     *,
     clamp: bool = False,
@@ -374,9 +399,8 @@ def masked_merge_gradient(
     """
     tasks = list(vectors.values()) if isinstance(vectors, Mapping) else list(vectors)
     names = list(order) if order is not None else merged_names(cotangent, tasks)
-    weights = torch.as_tensor(coefficients)
-    weights = weights if weights.is_floating_point() else weights.to(torch.float32)
-    _check_merge(cotangent, tasks, weights, _masks(mask, len(tasks)), names)
+    weights = _coefficients(coefficients, vectors)
+    _check_merge(cotangent, tasks, weights, _masks(mask, vectors), names)
     used = weights.clamp(0, 1) if clamp else weights
     gradient = torch.zeros_like(weights)
     masks: dict[str, Tensor] = {}
@@ -402,14 +426,37 @@ def masked_merge_gradient(
     return masks, gradient
 
 
-def _masks(mask: "Tensors | Sequence[Tensors] | None", tasks: int) -> list[Tensors]:
+def _coefficients(values: "Tensor | Sequence[float] | Mapping[str, float]", vectors: Vectors) -> Tensor:
+    """λ as a floating tensor; numbers that come without a dtype keep all their digits."""
+    if isinstance(values, Mapping):
+        values = [values[task] for task in _by_task("coefficients", values, vectors)]
+    found = torch.as_tensor(values, dtype=None if isinstance(values, Tensor) else torch.float64)
+    return found if found.is_floating_point() else found.to(torch.float32)
+
+
+def _masks(mask: "Tensors | Sequence[Tensors] | Mapping[str, Tensors] | None", vectors: Vectors) -> list[Tensors]:
     if mask is None:
         return []
     if isinstance(mask, Mapping):
-        return [mask]
-    if len(mask) != tasks:
-        raise MismatchError([f"{len(mask)} masks for {tasks} task vectors; give one for all, or one each"])
-    return list(mask) if tasks != 1 else [mask[0]]
+        if not mask or not all(isinstance(value, Mapping) for value in mask.values()):
+            return [mask]  # type: ignore[list-item]
+        mask = [mask[task] for task in _by_task("mask", mask, vectors)]  # type: ignore[misc]
+    if len(mask) != len(vectors):
+        raise MismatchError([f"{len(mask)} masks for {len(vectors)} task vectors; give one for all, or one each"])
+    return list(mask)
+
+
+def _by_task(what: str, values: Mapping[str, Any], vectors: Vectors) -> list[str]:
+    """The tasks in their order, for values that are given by task name."""
+    if not isinstance(vectors, Mapping):
+        raise UsageError(f"{what}: given by task, but the task vectors have no names; give a sequence in their order")
+    problems = Problems()
+    problems.extend(f"{what}: none for task {task!r}" for task in vectors if task not in values)
+    problems.extend(
+        f"{what}: there is no task {task!r}.{did_you_mean(task, vectors)}" for task in values if task not in vectors
+    )
+    problems.raise_if_any(MismatchError)
+    return list(vectors)
 
 
 def _check_merge(
@@ -443,10 +490,3 @@ def _check_merge(
             if name not in base:
                 problems.add(f"{name}: in the mask, not in the base. Was the mask learned for another model?")
     problems.raise_if_any(MismatchError)
-
-
-def require(tensors: Tensors, name: str, what: str) -> Tensor:
-    """`tensors[name]`, or an error that names what was looked for."""
-    if name not in tensors:
-        raise MissingTensorError(f"{what} has no tensor {name!r}." + did_you_mean(name, tensors))
-    return tensors[name]

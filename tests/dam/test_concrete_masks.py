@@ -16,7 +16,7 @@ from merging.learn.masks import (
     rescale,
     uniform_noise,
 )
-from taskvec.errors import MismatchError, ParameterError, UsageError
+from taskvec.errors import MismatchError, NonFiniteError, ParameterError, UsageError
 
 close = torch.testing.assert_close
 
@@ -218,3 +218,47 @@ def test_wrong_noise_and_wrong_temperatures_are_refused():
         ConcreteMask({"w": torch.zeros(2)}, temperature=0)
     with pytest.raises(ParameterError, match=r"logits are torch\.int64"):
         ConcreteMask({"w": torch.zeros(2, dtype=torch.int64)})
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.5, math.nan])
+def test_noise_outside_zero_to_one_is_refused(value):
+    mask = ConcreteMask({"w": torch.zeros(2)})
+    for draw in (mask.sample, mask.bernoulli):
+        with pytest.raises(ParameterError, match=r"w: noise must lie in \[0, 1\]"):
+            draw({"w": torch.tensor([0.5, value])})
+
+
+def test_a_single_tensor_is_no_mapping_of_them():
+    with pytest.raises(UsageError, match="noise: expected name to tensor, found a Tensor"):
+        ConcreteMask({"w": torch.zeros(2, 3)}).sample(torch.rand(2, 3))
+    with pytest.raises(UsageError, match="logits: expected name to tensor, found a Tensor"):
+        ConcreteMask(torch.zeros(2))
+
+
+def test_masks_of_true_and_false_are_rescaled_as_ones_and_zeros():
+    close(rescale({"w": torch.tensor([True, False, False, True])}), {"w": torch.tensor([2.0, 0.0, 0.0, 2.0])})
+
+
+def test_coefficients_and_masks_by_task_name_need_no_order():
+    base = {"w": torch.zeros(2)}
+    vectors = {"a": {"w": torch.ones(2)}, "b": {"w": torch.tensor([1.0, 3.0])}}
+    masks = {"b": {"w": torch.tensor([2.0, 0.0])}, "a": {"w": torch.tensor([1.0, 5.0])}}
+    merged = masked_merge(base, vectors, {"b": 0.5, "a": 0.1}, masks)
+    close(merged["w"], torch.tensor([0.1 + 0.5 * 2.0, 0.1 * 5.0]))
+    with pytest.raises(MismatchError, match="coefficients: none for task 'b'(.|\n)*there is no task 'c'. Known: a, b"):
+        masked_merge(base, vectors, {"a": 0.5, "c": 0.1}, masks)
+    with pytest.raises(UsageError, match="the task vectors have no names"):
+        masked_merge(base, list(vectors.values()), {"a": 0.5, "b": 0.1})
+
+
+def test_numbers_keep_their_digits_in_double_precision():
+    base, vector = ({"w": torch.tensor([v], dtype=torch.float64)} for v in (0.0, 1.0))
+    assert masked_merge(base, [vector], [0.1])["w"].item() == 0.1
+
+
+def test_a_merge_that_is_no_number_is_refused():
+    base, vector = {"w": torch.zeros(3)}, {"w": torch.tensor([1.0, math.inf, math.nan])}
+    with pytest.raises(NonFiniteError, match="w: the merge holds 2 NaN or infinite values"):
+        masked_merge(base, [vector], [1.0])
+    with pytest.raises(NonFiniteError, match="w: the merge holds 3"):
+        masked_merge(base, [{"w": torch.ones(3)}], [math.nan])
