@@ -58,7 +58,8 @@ def _print_advice(models: tuple[str, ...], *, as_json: bool) -> None:
         print_json([asdict(finding) for finding in found])
         return
     for finding in found:
-        click.echo(f"{finding.verdict:6} {finding.text} [{finding.source}]")
+        place = "" if finding.rank is None else f"{finding.rank}. "
+        click.echo(f"{finding.verdict:8} {place}{finding.text} [{finding.source}]")
 
 
 def facts(name: str) -> dict[str, object]:

@@ -3,6 +3,7 @@
 import json
 import math
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -155,24 +156,98 @@ def test_models_that_do_not_fit_are_refused():
 # -- the rules ----------------------------------------------------------------------------------------------------------
 
 
-def test_language_models_get_task_arithmetic_with_norm_match_and_a_warning_of_spectral_methods():
-    found = findings(seen(kind="causal LM"))
-    use = [finding for finding in found if finding.verdict == "use"]
-    assert [finding.method for finding in use] == ["task_arithmetic"]
-    assert use[0].recipe["postprocess"] == ["norm_match"]
-    assert "2511.21437" in use[0].source
-    assert any(finding.verdict == "avoid" and "not at a scale of 1" in finding.text for finding in found)
+def tried(survey):
+    """Methods to try, in the order of their ranks."""
+    ranked = [finding for finding in findings(survey) if finding.rank is not None]
+    assert [finding.rank for finding in ranked] == list(range(1, len(ranked) + 1))
+    return [finding.method for finding in ranked]
+
+
+def of(survey, method, verdict="use"):
+    (found,) = [one for one in findings(survey) if one.method == method and one.verdict == verdict]
+    return found
+
+
+def many(count):
+    square = tuple(tuple(float(i == j) for j in range(count)) for i in range(count))
+    return {"tasks": tuple("abcdefghijkl"[:count]), "norms": (1.0,) * count, "cosines": square, "sum_norm": count**0.5}
+
+
+def test_language_models_get_what_was_measured_and_the_study_with_where_they_differ():
+    survey = seen(kind="causal LM")
+    assert tried(survey)[:3] == ["tsv_m", "regmean", "task_arithmetic"]
+    measured, study = of(survey, "tsv_m"), of(survey, "task_arithmetic")
+    assert measured.source.startswith("measured: examples/real_zoo")
+    assert "disagrees" in measured.text
+    assert study.recipe["postprocess"] == ["norm_match"]
+    assert "2511.21437" in study.source
+    assert "measured: examples/real_zoo" in study.source
+    assert "behind TSV-M" in study.text
+    assert "iso_c" in advised(survey, "avoid")
+    assert any(one.verdict == "avoid" and "a scale of 1 on many" in one.text for one in findings(survey))
+
+
+def test_with_more_language_models_than_were_measured_the_study_goes_first():
+    assert tried(seen(kind="causal LM", **many(6)))[0] == "tsv_m"
+    assert tried(seen(kind="causal LM", **many(7)))[:2] == ["task_arithmetic", "tsv_m"]
 
 
 def test_fully_tuned_encoders_get_the_spectral_family():
-    assert advised(seen(), "use") == ["iso_cts"]
-    assert "tsv_m" in advised(seen(), "consider")
+    assert tried(seen())[:2] == ["tsv_m", "iso_cts"]
+    assert advised(seen(), "use") == ["tsv_m", "iso_cts"]
+    assert "was not seen there" in of(seen(), "iso_cts").text
     assert "regmean_pp" in advised(seen(), "consider")
+    assert "87.2 without any data" in of(seen(), "regmean_pp", "consider").text
 
 
 def test_adapters_get_methods_for_a_common_basis_whatever_the_model():
-    for kind in ("encoder", "causal LM"):
-        assert advised(seen(kind=kind, inputs="LoRA"), "use") == ["knots", "iso_c"]
+    assert advised(seen(kind="encoder", inputs="LoRA"), "use") == ["knots", "iso_c", "tsv_m"]
+    assert advised(seen(kind="causal LM", inputs="LoRA"), "use") == ["tsv_m", "knots", "iso_c"]
+
+
+def test_networks_of_convolutions_get_methods_by_entry():
+    assert tried(seen(kind="unknown", kernels=0.9)) == ["pcb", "magnitude"]
+    assert advised(seen(kind="unknown", kernels=0.9), "avoid") == ["tsv_m"]
+    assert tried(seen(kind="unknown", kernels=0.1))[:2] == ["task_arithmetic", "ties"]
+    base = {"conv.weight": torch.randn(8, 4, 3, 3), "head.weight": torch.randn(6, 6)}
+    found = survey(in_memory(base), [in_memory({name: value + 0.1 for name, value in base.items()})])
+    assert found.kernels == pytest.approx(288 / 324)
+
+
+@pytest.mark.parametrize("facts", [{}, {"inputs": "LoRA"}, {"kernels": 0.9}, many(1), many(2), many(9)])
+@pytest.mark.parametrize("kind", ["encoder", "causal LM", "sequence to sequence", "unknown"])
+def test_every_recipe_that_is_advised_is_a_recipe(kind, facts):
+    from merging.recipe import Recipe
+
+    for one in findings(seen(kind=kind, **facts)):
+        if "method" in one.recipe:
+            recipe = Recipe.model_validate({"base": "base", "tasks": ["a", "b"], **one.recipe})
+            assert recipe.method == one.recipe["method"]
+            assert {*map(str, recipe.preprocess), *map(str, recipe.postprocess)} <= set(methods())
+
+
+def test_what_is_to_be_tried_is_ranked_with_use_before_consider():
+    for kind in ("encoder", "causal LM", "sequence to sequence", "unknown"):
+        ranked = [one for one in findings(seen(kind=kind, sum_norm=4.0)) if one.rank is not None]
+        verdicts = [one.verdict for one in ranked]
+        assert verdicts == sorted(verdicts, key=("use", "consider").index)
+        assert all(one.method for one in ranked)
+        assert not any(one.rank for one in findings(seen(kind=kind)) if one.verdict in ("fact", "warning", "avoid"))
+
+
+def test_figures_said_to_be_measured_are_those_of_the_page_of_results():
+    """Each number of a rule of ours stands in the table of its zoo."""
+    import re
+
+    page = (Path(__file__).parents[2] / "examples/real_zoo/RESULTS.md").read_text("utf-8")
+    numbers = set(re.findall(r"\d+\.\d+", page))
+    for kind in ("encoder", "causal LM", "unknown"):
+        for extra in ({}, {"inputs": "LoRA"}, {"kernels": 0.9}):
+            for one in findings(seen(kind=kind, **extra)):
+                if one.source.startswith("measured: examples/real_zoo"):
+                    own = set(re.findall(r"\b\d\d\.\d+", one.text))
+                    assert own
+                    assert own <= numbers, (one.text, own - numbers)
 
 
 def test_unequal_norms_are_warned_of_above_a_ratio_of_three():
