@@ -388,7 +388,7 @@ def _vectors(
 # -- heads and objectives ----------------------------------------------------------------------------------------------
 
 
-def device_named(name: str | None) -> torch.device:
+def device_named(name: "str | torch.device | None") -> torch.device:
     """The device of that name; by default the GPU, where there is one.
 
     Raises:

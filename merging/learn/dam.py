@@ -9,7 +9,7 @@ This lowers the risk that a backdoor of one model survives the merge. It certifi
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from merging.learn.atlas import device_named
 from merging.learn.dam_config import DamConfig
 from merging.learn.inversion import InvertedTrigger, Perturbation
 from merging.learn.mask_training import (
@@ -32,9 +33,10 @@ from merging.learn.mask_training import (
     train_published,
 )
 from merging.learn.masked import Draw, MaskedModel, MaskLogits
-from merging.learn.masks import Tensors, Vector
+from merging.learn.masks import Tensors, Vector, delta, vector_names
 from taskvec.errors import DataError, LearningError, MismatchError, ParameterError, Problems, UsageError, did_you_mean
-from taskvec.source import names_matching
+from taskvec.precision import compute_dtype
+from taskvec.source import TensorSource, names_matching
 
 __all__ = ["DamConfig", "DamResult", "dam_merge", "default_forward"]
 
@@ -120,7 +122,10 @@ def dam_merge(
             for index, task in enumerate(vectors)
         }
         trainer = Trainer(model, streams, ready, forward, config, seed)
+        _check_settings(config, model, list(vectors))
+        warnings += _still(vectors)
         with evaluating(base, list(ready.values())), model:
+            trainer.try_inputs()
             if config.compat == "published":
                 mask, coefficients = train_published(trainer, coefficients)
                 model.sum_(coefficients)
@@ -160,6 +165,11 @@ def dam_merge(
 # -- inputs ------------------------------------------------------------------------------------------------------------
 
 
+def _minus(tuned: Tensor, base: Tensor) -> Tensor:
+    dtype = compute_dtype(tuned.dtype, base.dtype)
+    return tuned.to(base.device, dtype) - base.to(dtype)
+
+
 class _Difference:
     """A fine-tuned model as a task vector, one tensor at a time; the base's tensors are those at the start."""
 
@@ -168,8 +178,7 @@ class _Difference:
         self.infos = {name: tensor for name, tensor in tuned.items() if name in base}
 
     def read(self, name: str) -> Tensor:
-        base = self.base[name]
-        return self.tuned[name].to(base.device, torch.float32) - base.to(torch.float32)
+        return _minus(self.tuned[name], self.base[name])
 
 
 def default_forward(module: nn.Module, batch: Batch) -> Tensor:
@@ -208,12 +217,17 @@ def _check_inputs(base: Any, models: Mapping[str, Any], data: Any, heads: Mappin
         raise UsageError(
             f"base: got a {type(base).__name__}; expected the encoder as a torch module with the base's weights"
         )
+    for role, given in (("models", models), ("heads", heads)):
+        if not isinstance(given, Mapping):
+            raise UsageError(f"{role}: got a {type(given).__name__}; expected task to {role[:-1]}")
     if not models:
         raise UsageError("models: none given; expected task to fine-tuned model")
     problems = Problems()
     for task in models:
         if data is None or task not in data or data[task] is None:
             problems.add(f"data: nothing for task {task!r}.{did_you_mean(task, data or {})}")
+        elif isinstance(data[task], Iterator):
+            problems.add(f"data: task {task!r} has a generator, which can be read once; give a list of its batches")
         if task not in heads:
             problems.add(f"heads: none for task {task!r}.{did_you_mean(task, heads)}")
     if problems:
@@ -242,8 +256,12 @@ def task_vectors(base: nn.Module, models: Mapping[str, Any]) -> dict[str, Vector
             vectors[task] = _Difference(own, tuned)
         elif isinstance(model, Mapping):
             vectors[task] = _Difference(own, model)
-        else:
+        elif isinstance(model, TensorSource):
             vectors[task] = _SourceDifference(own, model)
+        else:
+            raise UsageError(
+                f"models: task {task!r} has a {type(model).__name__}; expected a module, a state dict, a path or a task vector"
+            )
         _check_model(task, vectors[task], own, buffers)
     return vectors
 
@@ -256,8 +274,7 @@ class _SourceDifference(_Difference):
         self.infos = {name: info for name, info in source.infos.items() if name in base}
 
     def read(self, name: str) -> Tensor:
-        base = self.base[name]
-        return self.source.read(name).to(base.device, torch.float32) - base.to(torch.float32)
+        return _minus(self.source.read(name), self.base[name])
 
 
 def _check_model(task: str, vector: Vector, own: Tensors, buffers: set[str]) -> None:
@@ -310,12 +327,44 @@ def _check_heads(base: nn.Module, heads: Mapping[str, Any], names: Sequence[str]
                     )
 
 
+def _check_settings(config: DamConfig, model: MaskedModel, tasks: Sequence[str]) -> None:
+    """What of the settings depends on the tasks and tensors."""
+    problems = Problems()
+    problems.extend(
+        f"known_triggers: there is no task {task!r}.{did_you_mean(task, tasks)}"
+        for task in config.known_triggers
+        if task not in tasks
+    )
+    for step, noise in enumerate(config.noise or ()):
+        for segment in model.segments:
+            shape = list(segment.original.shape)
+            found = list(noise[segment.name].shape) if segment.name in noise else None
+            if found is None:
+                problems.add(f"noise: draw {step} has none for {segment.name}")
+            elif found != shape:
+                problems.add(f"noise: draw {step} has {found} for {segment.name}, expected {shape}")
+        if problems:
+            break  # the draws after it are made alike
+    problems.raise_if_any(ParameterError)
+
+
+def _still(vectors: Mapping[str, Vector]) -> list[str]:
+    """A warning for each model that is the base itself."""
+    return [
+        f"the model of task {task!r} equals the base everywhere; there is nothing of it to merge"
+        for task, vector in vectors.items()
+        if not any(bool((delta(vector, name) != 0).any()) for name in vector_names(vector))  # type: ignore[union-attr]
+    ]
+
+
 def _initial_coefficients(config: DamConfig, model: MaskedModel, tasks: Sequence[str], device: torch.device) -> Tensor:
     merge = config.base_merge
     if isinstance(merge, str):
         shape = (len(tasks), len(model.segments)) if merge == "adamerging_layer" else (len(tasks),)
-        return torch.full(shape, float(config.lam0), device=device)
-    values = torch.as_tensor(merge, dtype=torch.float32, device=device)
+        return torch.full(shape, float(config.lam0), dtype=model.total.dtype, device=device)
+    values = torch.as_tensor(merge, dtype=model.total.dtype, device=device)
+    if not bool(torch.isfinite(values).all()):
+        raise ParameterError("base_merge: coefficients must be finite numbers")
     if list(values.shape) not in ([len(tasks)], [len(tasks), len(model.segments)]):
         raise ParameterError(
             f"base_merge: coefficients have shape {list(values.shape)}, expected [{len(tasks)}] or "
@@ -330,7 +379,7 @@ class on_device:
     def __init__(self, module: nn.Module, device: "torch.device | str | None"):
         self.module = module
         self.before = next(module.parameters()).device
-        self.device = torch.device(device) if device is not None else self.before
+        self.device = device_named(device) if device is not None else self.before
 
     def __enter__(self) -> torch.device:
         if self.device != self.before:

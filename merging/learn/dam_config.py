@@ -1,7 +1,8 @@
 """How DAM and Concrete masks are learned: every setting, its default, its range, and what the paper calls it."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from torch import Tensor
@@ -165,6 +166,14 @@ class DamConfig:
                     problems.add(f"{name}: {value!r} is not one of {', '.join(map(repr, choices))}")
             elif name != "base_merge":
                 problems.add(f"{name}: {value!r} is not one of {', '.join(map(repr, choices))}")
+        numbers = [
+            (one.name, getattr(self, one.name), one.type is int) for one in fields(self) if one.type in (int, float)
+        ]
+        wrong = [(name, value, whole) for name, value, whole in numbers if not _is_number(value, whole=whole)]
+        if wrong:  # what is no number has no range either
+            problems.extend(
+                f"{name}: {value!r} is not a {'whole' if whole else 'finite'} number" for name, value, whole in wrong
+            ).raise_if_any(ParameterError)
         for name in ("mask_lr", "temperature", "adv_lr", "budget", "coefficient_lr", "refit_lr"):
             if not getattr(self, name) > 0:
                 problems.add(f"{name}: {getattr(self, name)} is not positive")
@@ -209,6 +218,12 @@ class DamConfig:
                 f"noise: {len(self.noise)} draws recorded, {self.mask_steps} mask steps and the final mask need more"
             )
         problems.raise_if_any(ParameterError)
+
+
+def _is_number(value: Any, *, whole: bool) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        return False
+    return whole or math.isfinite(value)
 
 
 _CHOICES: dict[str, tuple[Any, ...]] = {

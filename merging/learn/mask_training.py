@@ -5,6 +5,7 @@ closed form (`MaskedModel`). What the loops need beforehand (valid ranges, teach
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -30,6 +31,8 @@ Batch = Any
 """One batch of inputs: a tensor, a mapping of tensors (a tokenizer's output), or a tuple whose first entry is one."""
 Forward = Callable[[nn.Module, Batch], Tensor]
 Head = Callable[[Tensor], Tensor]
+
+_MISFIT = re.compile(r"shape|size|dtype|dimension|channel|type")
 
 # -- inputs ------------------------------------------------------------------------------------------------------------
 
@@ -181,6 +184,27 @@ class Trainer:
         else:
             parts = [self.forward(self.model.module, batch) for batch in inputs]
         return [self.heads[task](part) for (task, _), part in zip(batches, parts, strict=True)]
+
+    def try_inputs(self) -> None:
+        """One forward pass of each task, before anything is learned.
+
+        Raises:
+            DataError: a task has no inputs, or the encoder or its head cannot take them.
+        """
+        for task, stream in self.streams.items():
+            first = next(stream.once(limit=1), None)
+            if first is None:
+                raise DataError(f"data[{task!r}] is empty. {NO_DATA}")
+            try:
+                with torch.no_grad():
+                    self.logits([(task, first)])
+            except RuntimeError as error:
+                if not _MISFIT.search(str(error)):
+                    raise  # not about the inputs: memory, or an error of the model's own
+                raise DataError(
+                    f"task {task!r}: the encoder or its head cannot take these inputs ({error}). Do their shapes and "
+                    "dtypes fit, and the head's width the features'?"
+                ) from error
 
     def batches(self) -> list[tuple[str, Batch]]:
         return [(task, next(stream)) for task, stream in self.streams.items()]

@@ -27,7 +27,7 @@ from merging.learn.masks import (
     vector_names,
 )
 from taskvec.errors import LearningError, MismatchError, Problems, did_you_mean
-from taskvec.precision import is_float
+from taskvec.precision import compute_dtype, is_float
 
 Kind = Literal["sample", "mean", "bernoulli"]
 
@@ -87,7 +87,7 @@ class MaskLogits:
     def __init__(
         self, model: "MaskedModel", logit: float, *, temperature: float, lr: float, rescaled: bool = True
     ) -> None:
-        self.logits = torch.full((model.numel,), float(logit), device=model.device)
+        self.logits = torch.full_like(model.total, float(logit))
         self.first = torch.zeros_like(self.logits)
         self.second = torch.zeros_like(self.logits)
         self.temperature, self.lr, self.rescaled, self.steps = temperature, lr, rescaled, 0
@@ -166,7 +166,8 @@ class MaskedModel:
         if elsewhere:
             raise LearningError(f"{elsewhere[0]} is on {parameters[elsewhere[0]].device}, others on {self.device}")
         self.numel = sum(parameters[name].numel() for name in chosen)
-        self.total = torch.zeros(self.numel, device=self.device)
+        dtype = compute_dtype(*(parameters[name].dtype for name in chosen))
+        self.total = torch.zeros(self.numel, dtype=dtype, device=self.device)
         flat: dict[torch.dtype, list[str]] = {}
         for name in chosen:
             flat.setdefault(parameters[name].dtype, []).append(name)

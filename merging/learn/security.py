@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from merging.learn.dam import default_forward, evaluating, head_of, task_vectors
 from merging.learn.mask_training import Batch, Forward, Head
 from merging.learn.masked import MaskedModel
-from taskvec.errors import DataError, ParameterError, UsageError, did_you_mean
+from taskvec.errors import DataError, NonFiniteError, ParameterError, UsageError, did_you_mean, shortened
+from taskvec.source import in_memory
+from taskvec.vector import assert_alike
 
 NOTE = (
     "This lowers risk and certifies nothing: it counts the triggers that were tried, on these inputs. A backdoor with "
@@ -45,6 +47,8 @@ class Trigger:
 def patch_trigger(pattern: Tensor, row: int, column: int, target: int, name: str = "patch") -> Trigger:
     """A pattern [channel or 1, height, width] pasted at a fixed place of an image, in normalised units; for tests."""
     height, width = pattern.shape[-2:]
+    if row < 0 or column < 0:
+        raise ParameterError(f"a patch at ({row}, {column}) lies outside every image; rows and columns count from 0")
 
     def apply(images: Tensor) -> Tensor:
         if row + height > images.shape[-2] or column + width > images.shape[-1]:
@@ -63,6 +67,8 @@ def token_trigger(token: int, target: int, *, position: int = 1, name: str = "to
 
     def apply(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         ids = batch["input_ids"].clone()
+        if position >= ids.shape[1]:
+            raise DataError(f"a token at position {position} leaves a batch of {ids.shape[1]} positions")
         ids[:, position] = token
         return {**batch, "input_ids": ids}
 
@@ -150,6 +156,11 @@ def measure(
         triggers: attacked task to its triggers; the tasks not in it are the clean ones.
         forward: (module, batch) to features.
         batch_size: inputs at once, where tests are given as one pair of tensors.
+
+    Raises:
+        DataError: tests without inputs, or labels that do not belong to them.
+        ParameterError: a trigger's target that the attacked task's head does not have.
+        NonFiniteError: the model's predictions hold NaN.
     """
     accuracy: dict[str, Rate] = {}
     hits: dict[str, list[int]] = {task: [0, 0] for task in triggers}
@@ -159,9 +170,23 @@ def measure(
         for inputs, labels in _labelled(task, test, batch_size):
 
             def predict(batch: Batch, task: str = task) -> Tensor:
-                return heads[task](forward(module, batch)).argmax(-1)
+                logits = heads[task](forward(module, batch))
+                if not bool(torch.isfinite(logits).all()):
+                    raise NonFiniteError(f"predictions for task {task!r}", "the model")
+                classes = logits.shape[-1]
+                beyond = [own.target for own in triggers.get(task, ()) if not 0 <= own.target < classes]
+                if beyond:
+                    raise ParameterError(
+                        f"triggers: target {beyond[0]} of task {task!r}, whose head has {classes} classes"
+                    )
+                return logits.argmax(-1)
 
             clean = predict(inputs)
+            if labels.shape != clean.shape:
+                raise DataError(
+                    f"tests[{task!r}]: labels of shape {list(labels.shape)} for {list(clean.shape)} predictions; one class "
+                    "number for each input is expected"
+                )
             correct = clean == labels
             right, total = right + int(correct.sum()), total + len(labels)
             if task in triggers:
@@ -190,6 +215,9 @@ def _labelled(task: str, test: Any, size: int) -> Any:
         inputs, labels = test
         if not len(labels):
             raise DataError(f"tests[{task!r}] is empty")
+        count = len(next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs)
+        if count != len(labels):
+            raise DataError(f"tests[{task!r}]: {len(labels)} labels for {count} inputs")
         for start in range(0, len(labels), size):
             rows = slice(start, start + size)
             part = {k: v[rows] for k, v in inputs.items()} if isinstance(inputs, Mapping) else inputs[rows]
@@ -377,6 +405,12 @@ def security_report(
         raise UsageError("triggers: none given; expected attacked task to Trigger. What is not tried is not measured.")
     if not lambdas:
         raise ParameterError("lambdas: empty; the curve of the plain merge is part of every report")
+    if not all(math.isfinite(lam) for lam in lambdas):
+        raise ParameterError(f"lambdas: {list(lambdas)} are not all finite numbers")
+    given = {role: _named_states(role, states) for role, states in (("before", before), ("after", after))}
+    both = given["before"].keys() & given["after"].keys()
+    if both:
+        raise UsageError(f"after: {shortened(sorted(both))} has the name of a row before; give it another")
     device = next(base.parameters()).device
     ready = {task: head_of(head, device) for task, head in heads.items()}
     vectors = task_vectors(base, models)
@@ -390,13 +424,18 @@ def security_report(
                 curve[float(lam)] = measure(base, ready, tests, several, forward)
         original = {name: tensor.detach().clone() for name, tensor in base.state_dict().items()}
         try:
-            for role, given in (("before", before), ("after", after)):
-                for name, state in _named_states(role, given).items():
-                    base.load_state_dict(state)
-                    rows[name] = measure(base, ready, tests, several, forward)
+            for name, state in (given["before"] | given["after"]).items():
+                _load(base, state, name)
+                rows[name] = measure(base, ready, tests, several, forward)
         finally:
             base.load_state_dict(original)
     return SecurityReport(rows, curve)
+
+
+def _load(base: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
+    own = base.state_dict()
+    assert_alike(in_memory(own, label="the base"), {name: in_memory(state, label=name)})
+    base.load_state_dict(state)
 
 
 def _named_states(role: str, given: Any) -> dict[str, Mapping[str, Tensor]]:

@@ -307,6 +307,76 @@ def test_every_wrong_setting_is_listed():
         merge(exclude=["nothing.*"])
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"mask_steps": "x"}, "mask_steps: 'x' is not a whole number"),
+        ({"mask_steps": 1.5}, "mask_steps: 1.5 is not a whole number"),
+        ({"lam0": float("nan"), "mask_lr": float("inf")}, "lam0: nan is not a finite number(.|\n)*mask_lr: inf is not"),
+        ({"base_merge": [0.5, float("nan"), 0.1]}, "base_merge: coefficients must be finite numbers"),
+        ({"known_triggers": {"task 9": []}}, "known_triggers: there is no task 'task 9'. Did you mean 'task ."),
+        ({"noise": [{}] * 3}, "noise: draw 0 has none for conv.weight"),
+        ({"noise": [{"conv.weight": torch.rand(2)}] * 3}, r"draw 0 has \[2\] for conv.weight, expected \[4, 1, 3, 3\]"),
+    ],
+    ids=str,
+)
+def test_settings_that_fit_nothing_are_refused_before_any_step(changes, words):
+    with pytest.raises(ParameterError, match=words):
+        merge(**changes)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "kind", "words"),
+    [
+        ("data", torch.randn(40, 1, 5, 5), DataError, "the encoder or its head cannot take these inputs .*multiplied"),
+        ("data", torch.randn(0, 1, 6, 6), DataError, "is empty"),
+        ("data", iter([torch.randn(4, 1, 6, 6)]), DataError, "has a generator, which can be read once"),
+        ("heads", torch.randn(3, 5), DataError, "the encoder or its head cannot take these inputs"),
+        ("models", None, UsageError, "has a NoneType; expected a module, a state dict, a path or a task vector"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_said_with_its_task(part, value, kind, words):
+    base, models, heads, data = family()
+    {"data": data, "heads": heads, "models": models}[part]["task 1"] = value
+    with pytest.raises(kind, match=words) as caught:
+        dam_merge(base, models, data=data, heads=heads, config=DamConfig(**QUICK))
+    assert "task 1" in str(caught.value)
+
+
+def test_lists_and_devices_that_are_none_are_refused():
+    base, models, heads, data = family()
+    with pytest.raises(UsageError, match="models: got a list; expected task to model"):
+        dam_merge(base, list(models.values()), data=data, heads=heads)
+    with pytest.raises(UsageError, match="heads: got a list; expected task to head"):
+        dam_merge(base, models, data=data, heads=list(heads.values()))
+    with pytest.raises(UsageError, match="'nowhere' is not a device"):
+        dam_merge(base, models, data=data, heads=heads, device="nowhere")
+
+
+def test_a_model_that_is_the_base_is_warned_about():
+    base, models, heads, data = family()
+    models["task 2"] = copy.deepcopy(base)
+    said = dam_merge(base, models, data=data, heads=heads, config=DamConfig(**QUICK)).warnings
+    assert any("the model of task 'task 2' equals the base everywhere" in line for line in said)
+
+
+def test_double_precision_stays_double():
+    base, models, heads, data = family()
+    wide = [part.double() for part in (base, *models.values(), *heads.values())]
+    result = dam_merge(
+        wide[0], models, data={t: x.double() for t, x in data.items()}, heads=heads, config=DamConfig(**QUICK)
+    )
+    own, first = dict(base.named_parameters()), [dict(m.named_parameters()) for m in models.values()]
+    again = masked_merge(
+        {n: p.detach() for n, p in own.items()},
+        [{n: (m[n] - own[n]).detach() for n in own} for m in first],
+        result.coefficients.double(),
+        result.masks,
+    )
+    close({n: result.state_dict[n] for n in own}, again, rtol=1e-14, atol=1e-14)
+
+
 def test_text_is_perturbed_where_its_tokens_are_embedded():
     from transformers import BertConfig, BertModel
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from merging.commands.dam import evaluate, learn_dam
 from merging.learn.security import Rate, Trigger, measure, patch_trigger, security_report, token_trigger
-from taskvec.errors import DataError, RecipeError, UsageError
+from taskvec.errors import DataError, MismatchError, NonFiniteError, ParameterError, RecipeError, UsageError
 
 DATA = """
 import torch
@@ -155,6 +155,42 @@ def test_a_report_without_triggers_labels_or_curve_is_refused():
         security_report(tuned["a"], tuned["a"], tests={"a": (images, labels)}, triggers={"b": trigger}, **common)
 
 
+@pytest.mark.parametrize(
+    ("changes", "kind", "words"),
+    [
+        ({"labels": torch.tensor([[0], [1]])}, DataError, r"labels of shape \[2, 1\] for \[2\] predictions"),
+        ({"labels": torch.tensor([0])}, DataError, "1 labels for 2 inputs"),
+        ({"target": 2}, ParameterError, "target 2 of task 'a', whose head has 2 classes"),
+        (
+            {"images": torch.full((2, 1, 3, 3), float("nan"))},
+            NonFiniteError,
+            "predictions for task 'a': the model holds",
+        ),
+        ({"lambdas": [0.1, float("nan")]}, ParameterError, "are not all finite numbers"),
+        ({"after": {"before": {"weight": torch.zeros(2)}}}, UsageError, "before has the name of a row before"),
+        ({"after": {"weight": torch.zeros(3)}}, MismatchError, r"weight: after has \[3\], the base has \[2\]"),
+        ({"after": {"wieght": torch.zeros(2)}}, MismatchError, "after: has none of the 1 tensors of the base"),
+    ],
+    ids=str,
+)
+def test_a_report_counts_nothing_that_cannot_be_counted(changes, kind, words):
+    base = Threshold()
+    kept = base.weight.detach().clone()
+    given = {"images": torch.zeros(2, 1, 3, 3), "labels": torch.tensor([0, 1]), "target": 1, "after": {}, **changes}
+    with pytest.raises(kind, match=words):
+        security_report(
+            {"weight": kept + 1},
+            given["after"],
+            tests={"a": (given["images"], given["labels"])},
+            triggers={"a": Trigger(lambda x: x, given["target"])},
+            heads={"a": lambda x: x},
+            base=base,
+            models={"a": {"weight": kept + 1}},
+            lambdas=given.get("lambdas", [0.5]),
+        )
+    assert torch.equal(base.weight, kept)
+
+
 def test_triggers_for_tests_change_what_they_say():
     images = torch.zeros(1, 1, 4, 4)
     changed = patch_trigger(torch.ones(2, 2), 1, 2, target=0).apply(images)
@@ -162,5 +198,9 @@ def test_triggers_for_tests_change_what_they_say():
     assert torch.equal(changed[0, 0, 1:3, 2:4], torch.ones(2, 2))
     with pytest.raises(DataError, match="leaves the"):
         patch_trigger(torch.ones(2, 2), 3, 3, target=0).apply(images)
+    with pytest.raises(ParameterError, match="lies outside every image"):
+        patch_trigger(torch.ones(2, 2), -1, 0, target=0)
+    with pytest.raises(DataError, match="a token at position 5 leaves a batch of 5 positions"):
+        token_trigger(9, 1, position=5).apply({"input_ids": torch.zeros(2, 5, dtype=torch.long)})
     batch = {"input_ids": torch.zeros(2, 5, dtype=torch.long)}
     assert token_trigger(9, 1, position=2).apply(batch)["input_ids"][:, 2].tolist() == [9, 9]
