@@ -141,7 +141,7 @@ def run(
     for task, model in models.items():
         alone = security_report(
             {task: model.state_dict()},
-            {task: model.state_dict()},
+            {},
             heads=place.heads,
             tests={task: tests[task]} if task in triggers else {task: tests[task], **{t: tests[t] for t in triggers}},
             triggers=triggers if task not in triggers else {task: triggers[task]},
