@@ -462,19 +462,20 @@ def catalogue(
     before = json.loads(place.read_text()) if place is not None and place.exists() else {"rows": {}}
     done = {entry.name for entry in rows if _is_whole(before["rows"].get(entry.name, {}), entry, seeds)}
     rows = [entry for entry in rows if entry.name not in done]
+    again = {entry.name for entry in rows}
     result: dict[str, Any] = {
         "zoo": zoo.name,
         "tasks": zoo.tasks,
         "loss": zoo.loss,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
-        "rows": {name: row for name, row in before["rows"].items() if name in done},
+        "rows": {name: row for name, row in before["rows"].items() if name not in again},
     }
 
     def keep() -> None:
         if place is not None:
             place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_text(json.dumps(result))
+            place.write_text(json.dumps(result, indent=1) + "\n")
 
     begun = time.perf_counter()
     result["base"] = zoo.score(zoo.tasks, "test", test)
@@ -590,7 +591,7 @@ def costs(zoo: Zoo, chosen: Sequence[str] | None, write: Path | None) -> dict[st
         )
         if place is not None:
             place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_text(json.dumps(result))
+            place.write_text(json.dumps(result, indent=1) + "\n")
     return result
 
 
