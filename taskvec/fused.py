@@ -83,7 +83,7 @@ class Entry:
         """Where each task's values begin."""
         if isinstance(self.rows, Tensor):
             first, step = self.rows.data_ptr(), self.rows.stride(0) * self.rows.element_size()
-            return [first + step * task for task in range(len(self.rows))]
+            return [first + step * task for task in range(self.rows.shape[0])]
         return [row.data_ptr() for row in self.rows]
 
 
@@ -124,8 +124,8 @@ class Resident:
     """
 
     def __init__(self, entries: Sequence[Entry]):
-        self.tasks = len(entries[0].rows)
         rows = entries[0].rows
+        self.tasks = rows.shape[0] if isinstance(rows, Tensor) else len(rows)  # len of a tensor costs as much as a launch
         self.device = rows.device if isinstance(rows, Tensor) else rows[0].device
         self.numel = sum(entry.numel for entry in entries)
         self._examined = False
