@@ -183,6 +183,7 @@ class _Opening:
     skipped: list[str] = field(default_factory=list)
     started: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     doubled: set[str] = field(default_factory=set)
+    whole: Mapping[str, str] = field(default_factory=dict)
     names: Names = field(init=False)
     layouts: Layouts = field(init=False)
     embedding: str | None = field(init=False)
@@ -193,6 +194,7 @@ class _Opening:
 
     def run(self) -> dict[str, Change]:
         modules, others = self._sorted_keys()
+        self.whole = others
         self.names.learn([*(module for module, _ in modules), *others])
         self._check_replication()
         if self.config["target_parameters"]:
@@ -441,10 +443,13 @@ class _Opening:
             scaling *= 2
         read_a, read_b = self._reader(leaves[a]), self._reader(leaves[b])
 
+        # a layer that was saved whole beside its factors lacks the part that was moved already
+        moved = self.config.mutated_init is not None and f"{module}.weight" not in self.whole
+
         def factors() -> tuple[Tensor, Tensor]:
             down, up = read_a().to(dtype).flatten(1), read_b().to(dtype).flatten(1) * scaling
             left, right = (down.T * scaling, read_b().to(dtype).T) if transposed else (up, down)
-            if self.config.mutated_init is None:
+            if not moved:
                 return left, right
             left0, right0 = self._initial(name, left.shape[1], scaling)
             return torch.cat([left, -left0.to(dtype)], dim=1), torch.cat([right, right0.to(dtype)])

@@ -123,6 +123,11 @@ def test_starts_that_move_the_base_and_starts_that_do_not(proven, llama, tokens,
     assert rank == (8 if start in ("pissa", "olora") else 4)
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_moved_head_that_is_saved_beside_its_factors_is_moved_once(proven, llama, tokens, start):
+    proven(llama, LoraConfig(r=4, lora_alpha=6, target_modules=["v_proj", "lm_head"], init_lora_weights=start), tokens)
+
+
 def test_pissa_on_conv1d_layers(proven, gpt2, tokens):
     proven(gpt2, LoraConfig(r=4, target_modules=CONV1D, fan_in_fan_out=True, init_lora_weights="pissa"), tokens)
 
