@@ -14,6 +14,24 @@ _RENAMED = (
     ("model.multi_modal_projector.", "multi_modal_projector."),
     ("model.visual.", "visual."),
 )
+# vision encoders of transformers 5 (ViT, DeiT, BEiT, DINOv2, Swin and kin): parts of a name in memory, and on disk.
+# Some of them have renamed their attention alone, some their layers and feed-forward blocks as well.
+_ATTENTION = (
+    *(
+        (f".attention.{letter}_proj", f".attention.attention.{word}")
+        for letter, word in zip("qkv", ("query", "key", "value"))
+    ),
+    (".attention.o_proj", ".attention.output.dense"),
+)
+_SELF_ATTENTION = tuple(
+    (memory, disk.replace(".attention.attention.", ".attention.self.")) for memory, disk in _ATTENTION
+)
+_FEED_FORWARD = ((".mlp.fc1", ".intermediate.dense"), (".mlp.fc2", ".output.dense"))
+_ENCODERS = (
+    _ATTENTION,
+    (*_SELF_ATTENTION, *_FEED_FORWARD),
+    ((".layers.", ".encoder.layer."), *_ATTENTION, *_FEED_FORWARD),
+)
 
 
 class Names:
@@ -38,6 +56,12 @@ class Names:
             for old, new in ((memory, disk), (disk, memory)):
                 if path.startswith(old) or (old.startswith(".") and old in path):
                     yield path.replace(old, new, 1)
+        for parts in _ENCODERS:
+            spelled = f".{path}"
+            for memory, disk in parts:
+                spelled = spelled.replace(memory, disk, 1)
+            if spelled != f".{path}":
+                yield spelled[1:]
 
     def _has(self, path: str) -> bool:
         return path in self.modules or path in self.base.infos
