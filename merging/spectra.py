@@ -6,16 +6,17 @@ singular value is above max(m, n) · ε · σ_1, ε of the *input's* precision, 
 
 Arithmetic is float64. For float32 input the decomposition comes from the smaller Gram matrix: at the cut above, its
 squared singular values still have nine correct digits, and it costs a product and a symmetric eigenproblem only. On a
-GPU, where a product costs a five-hundredth of that eigenproblem, polar factors come from products (`merging.iterations`).
+GPU, where a product costs a five-hundredth of that eigenproblem, polar factors and the largest directions come from
+products (`merging.iterations`), for as many matrices of one shape at once as there are: kernels ask questions (`abreast`).
 """
 
 import math
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import islice, repeat
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from merging import iterations
 from merging.iterations import side_by_side
 from taskvec.blocks import is_matrix
 from taskvec.deltas import Deltas, Tile
+from taskvec.plan import Kernel, formula
+
+Kind = TypeVar("Kind", bound=Hashable)
 
 _PIECE = 1 << 22  # elements converted to float64 at once
 
@@ -34,7 +38,7 @@ class Svd:
 
     Attributes:
         left, values, right: [m, kept], [kept] falling, [n, kept], float64.
-        rank: the numerical rank.
+        rank: the numerical rank; where only the largest directions were asked for, it may be their number if that is less.
         full: min(m, n).
         cut: singular values up to here count as zero.
     """
@@ -56,7 +60,7 @@ class Svd:
 
     def mostly_below(self, floor: float) -> bool:
         """Whether more than half of the directions have a singular value below this."""
-        return 2 * int((self.values < floor).sum()) > len(self.values)
+        return floor > 0 and 2 * int((self.values < floor).sum()) > len(self.values)
 
     def dense(self, values: Tensor | None = None) -> Tensor:
         """The matrix, with other singular values if given."""
@@ -129,7 +133,12 @@ def _times(tall: Tensor, right: Tensor) -> Tensor:
 
 
 def svds(
-    matrices: Iterable[Tensor], dtype: torch.dtype, *, size: Sequence[float] | None = None, most: int | None = None
+    matrices: Iterable[Tensor],
+    dtype: torch.dtype,
+    *,
+    size: Sequence[float] | None = None,
+    most: int | None = None,
+    ranked: bool = False,
 ) -> Iterator[Svd]:
     """The decompositions of several matrices of one shape, one after the other; on a GPU, several at a time.
 
@@ -138,17 +147,46 @@ def svds(
         dtype: precision of the data that they were made of.
         size: for each, what rounding is relative to; default: its largest singular value.
         most: largest number of directions wanted; default: all.
+        ranked: whether the rank is wanted even where it is above that.
     """
-    precision = torch.finfo(dtype).eps
     waiting = zip(matrices, repeat(None) if size is None else size)
     for first in waiting:
         if not _prefers_products(first[0], dtype):
             yield svd(first[0], dtype, size=first[1], most=most)
             continue
-        group = [first, *islice(waiting, _ABREAST - 1)]
-        found = side_by_side(torch.linalg.eigh, [_gram(_tall(matrix)) for matrix, _ in group])
-        for (matrix, each), (squares, vectors) in zip(group, found):
-            yield _from_gram(matrix, squares, vectors, precision, each, most)
+        group = [first, *islice(waiting, _at_once(first[0].shape) - 1)]
+        yield from svds_by_products([m for m, _ in group], dtype, [each for _, each in group], most, ranked=ranked)
+
+
+def svds_by_products(
+    matrices: Sequence[Tensor],
+    dtype: torch.dtype,
+    sizes: "Sequence[float | None]",
+    most: int | None = None,
+    *,
+    ranked: bool = False,
+) -> list[Svd]:
+    """The same for a few matrices, their largest directions without an eigenproblem where that is proven."""
+    precision, full = torch.finfo(dtype).eps, min(matrices[0].shape)
+    grams = torch.stack([_gram(_tall(matrix)) for matrix in matrices])
+    found: list[Svd | None] = [None] * len(matrices)
+    if most is not None and not ranked and 0 < most <= full // _WELL_BELOW:
+        squares, vectors, proven = iterations.leading(grams, most)
+        for at, (largest, least) in enumerate(squares[:, [0, -1]].clamp(min=0).sqrt().tolist()):
+            size = sizes[at]
+            cut = max(matrices[at].shape) * precision * (largest if size is None else size)
+            if proven[at] and least > _ABOVE * cut:
+                values, other = squares[at].sqrt(), _times(_tall(matrices[at]), vectors[at])
+                sides = (other.div_(values), vectors[at])
+                left, right = sides if matrices[at].shape[0] > matrices[at].shape[1] else sides[::-1]
+                found[at] = Svd(left, values, right, most, full, cut)
+    missing = [at for at, known in enumerate(found) if known is None]
+    for start in range(0, len(missing), _ABREAST):
+        some = missing[start : start + _ABREAST]
+        solved = side_by_side(torch.linalg.eigh, [grams[at] for at in some])
+        for at, (squares, vectors) in zip(some, solved):
+            found[at] = _from_gram(matrices[at], squares, vectors, precision, sizes[at], most)
+    return [known for known in found if known is not None]
 
 
 def _prefers_products(matrix: Tensor, dtype: torch.dtype) -> bool:
@@ -157,6 +195,13 @@ def _prefers_products(matrix: Tensor, dtype: torch.dtype) -> bool:
 
 
 _ABREAST = 8  # on an H100 eight eigenproblems at a time take 6.0 ms each instead of 8.9, more at a time no less
+_WELL_BELOW = 4  # up to this part of min(m, n) directions are found with half as many beside them
+_ABOVE = 1.001  # the least of the directions is above the cut by so much, or its place is left to the eigenproblem
+_ROOM = 1 << 30  # bytes of float64 copies of matrices that are worked on at once
+
+
+def _at_once(shape: Sequence[int]) -> int:
+    return max(1, _ROOM // max(1, 4 * 8 * math.prod(shape)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,11 +233,26 @@ def isometry(matrix: Tensor, *, floor: float = 0.0, drop: bool = False) -> Isome
         floor: a size of singular values.
         drop: whether directions below it are left out.
     """
-    if _prefers_products(matrix, matrix.dtype):
-        found = isometry_by_products(matrix, floor=floor, drop=drop)
-        if found is not None:
-            return found
-    whole = svd(matrix)
+    (found,) = isometries([matrix], [floor], drop=drop)
+    return found
+
+
+def isometries(matrices: Sequence[Tensor], floors: Sequence[float], *, drop: bool = False) -> list[Isometry]:
+    """The same for several matrices of one shape, each with a floor of its own."""
+    if not _prefers_products(matrices[0], matrices[0].dtype):
+        return [_isometry_of(svd(matrix), floor, drop) for matrix, floor in zip(matrices, floors)]
+    found: list[Isometry | None] = []
+    step = _at_once(matrices[0].shape)
+    for at in range(0, len(matrices), step):
+        found += isometries_by_products(matrices[at : at + step], floors[at : at + step], drop=drop)
+    missing = [at for at, known in enumerate(found) if known is None]
+    wholes = svds([matrices[at] for at in missing], matrices[0].dtype)
+    for at, whole in zip(missing, wholes):
+        found[at] = _isometry_of(whole, floors[at], drop)
+    return [known for known in found if known is not None]
+
+
+def _isometry_of(whole: Svd, floor: float, drop: bool) -> Isometry:
     kept = whole.above(floor) if drop else whole
     return Isometry(
         kept.left @ kept.right.T,
@@ -204,19 +264,23 @@ def isometry(matrix: Tensor, *, floor: float = 0.0, drop: bool = False) -> Isome
     )
 
 
-def isometry_by_products(matrix: Tensor, *, floor: float = 0.0, drop: bool = False) -> Isometry | None:
-    """The same without an eigenproblem; None where the rank is not full, or directions are to be left out."""
-    tall, full = _tall(matrix), min(matrix.shape)
-    gram = _gram(tall)
-    found = _polar_by_products(tall, gram, torch.finfo(matrix.dtype).eps)
-    if found is None:
-        return None
-    low = floor > 0 and not bool(iterations.exceeds(gram[None], gram.new_tensor([floor * floor])))
-    if low and drop:
-        return None
-    low = low and iterations.mostly_below(gram, floor * floor, iterations.bound(gram[None]))
-    total = (found * tall).sum()
-    return Isometry(found if tall is matrix else found.T, total, full, full, full, low)
+def isometries_by_products(
+    matrices: Sequence[Tensor], floors: Sequence[float], *, drop: bool = False
+) -> list[Isometry | None]:
+    """The same without eigenproblems; None where the rank is not full, or directions are to be left out."""
+    talls, full = [_tall(matrix) for matrix in matrices], min(matrices[0].shape)
+    grams = torch.stack([_gram(tall) for tall in talls])
+    factors = _polars_by_products(talls, grams, torch.finfo(matrices[0].dtype).eps)
+    found: list[Isometry | None] = []
+    for matrix, tall, gram, factor, floor in zip(matrices, talls, grams, factors, floors):
+        low = floor > 0 and not bool(iterations.exceeds(gram[None], gram.new_tensor([floor * floor])))
+        if factor is None or (low and drop):
+            found.append(None)
+            continue
+        low = low and iterations.mostly_below(gram, floor * floor, iterations.bound(gram[None]))
+        total = (factor * tall).sum()
+        found.append(Isometry(factor if tall is matrix else factor.T, total, full, full, full, low))
+    return found
 
 
 def polar(matrix: Tensor, dtype: torch.dtype) -> Tensor:
@@ -226,36 +290,165 @@ def polar(matrix: Tensor, dtype: torch.dtype) -> Tensor:
         matrix: [m, n], no wider than it is tall.
         dtype: precision of the data that it was made of.
     """
+    (found,) = polars([matrix], dtype)
+    return found
+
+
+def polars(matrices: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The same for several matrices of one shape."""
     precision = torch.finfo(dtype).eps
-    if precision < _FINE or matrix.shape[0] < matrix.shape[1]:
-        found = svd(matrix, dtype)
-        return found.left @ found.right.T
-    gram = _gram(matrix)
-    if _prefers_products(matrix, dtype):
-        factor = _polar_by_products(matrix, gram, precision)
-        if factor is not None:
-            return factor
+    if precision < _FINE or matrices[0].shape[0] < matrices[0].shape[1]:
+        return [found.left @ found.right.T for found in (svd(matrix, dtype) for matrix in matrices)]
+    factors: list[Tensor] = []
+    step = _at_once(matrices[0].shape)
+    for at in range(0, len(matrices), step):
+        some = matrices[at : at + step]
+        grams = [_gram(matrix) for matrix in some]
+        by_products = _prefers_products(some[0], dtype)
+        known = _polars_by_products(some, torch.stack(grams), precision) if by_products else [None] * len(some)
+        for matrix, gram, factor in zip(some, grams, known):
+            factors.append(_polar_by_eigenproblem(matrix, gram, precision) if factor is None else factor)
+    return factors
+
+
+def _polar_by_eigenproblem(tall: Tensor, gram: Tensor, precision: float) -> Tensor:
     squares, vectors = torch.linalg.eigh(gram)
     values = squares.clamp_(min=0).sqrt_()
-    there = values > max(matrix.shape) * precision * (float(values[-1]) if len(values) else 0.0)
+    there = values > max(tall.shape) * precision * (float(values[-1]) if len(values) else 0.0)
     inverse = (vectors[:, there] / values[there]) @ vectors[:, there].T
-    return _times(matrix, inverse)
+    return _times(tall, inverse)
 
 
-def polar_by_products(matrix: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """The same without an eigenproblem; None where the rank is not shown to be full."""
-    return _polar_by_products(matrix, _gram(matrix), torch.finfo(dtype).eps)
+def polars_by_products(matrices: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor | None]:
+    """The same without eigenproblems; None where the rank is not shown to be full."""
+    return _polars_by_products(matrices, torch.stack([_gram(m) for m in matrices]), torch.finfo(dtype).eps)
 
 
-def _polar_by_products(tall: Tensor, gram: Tensor, precision: float) -> Tensor | None:
-    share = max(tall.shape) * precision
-    if precision < _FINE or share > 0.1 or not gram.numel():
-        return None
-    largest = iterations.bound(gram[None])
+def _polars_by_products(talls: Sequence[Tensor], grams: Tensor, precision: float) -> list[Tensor | None]:
+    share = max(talls[0].shape) * precision
+    if precision < _FINE or share > 0.1 or not grams.numel():
+        return [None] * len(talls)
+    largest = iterations.bound(grams)
     # the numerical rank is full if no singular value is below the cut for this largest one, which is no smaller than the true one
-    if not bool(iterations.exceeds(gram[None], largest * share**2)):
-        return None
-    return iterations.polar(tall.double()[None], largest.sqrt(), share)[0]
+    there = [at for at, clear in enumerate(iterations.exceeds(grams, largest * share**2).tolist()) if clear]
+    found: list[Tensor | None] = [None] * len(talls)
+    if there:
+        wide = torch.stack([talls[at].double() for at in there])
+        for at, factor in zip(there, iterations.polar(wide, largest[there].sqrt(), share)):
+            found[at] = factor
+    return found
+
+
+class Question(Protocol):
+    """What a kernel asks of the spectra of its matrices."""
+
+    @classmethod
+    def answers(cls, asked: Sequence[Any]) -> Sequence[Any]:
+        """The answers to several questions of this kind."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Decompositions:
+    """Asks for the decomposition of each of several matrices of one shape: a list of `Svd`; see `svds`."""
+
+    matrices: Iterable[Tensor]
+    dtype: torch.dtype
+    size: Sequence[float] | None = None
+    most: int | None = None
+    ranked: bool = False
+
+    @classmethod
+    def answers(cls, asked: "Sequence[Decompositions]") -> list[list[Svd]]:
+        if len(asked) == 1:
+            (one,) = asked
+            return [list(svds(one.matrices, one.dtype, size=one.size, most=one.most, ranked=one.ranked))]
+        given = [list(one.matrices) for one in asked]
+        found: list[list[Svd]] = [[] for _ in asked]
+        kinds = [(m[0].shape, one.dtype, one.most, one.ranked, one.size is None) for m, one in zip(given, asked)]
+        for (_, dtype, most, ranked, unsized), places in _alike(kinds):
+            matrices = [matrix for at in places for matrix in given[at]]
+            size = None if unsized else [each for at in places for each in asked[at].size or ()]
+            several = svds(matrices, dtype, size=size, most=most, ranked=ranked)
+            for at in places:
+                found[at] = list(islice(several, len(given[at])))
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Polars:
+    """Asks for the polar factors of matrices: a list of tensors; see `polar`."""
+
+    matrices: Sequence[Tensor]
+    dtype: torch.dtype
+
+    @classmethod
+    def answers(cls, asked: "Sequence[Polars]") -> list[list[Tensor]]:
+        flat = [(matrix, one.dtype) for one in asked for matrix in one.matrices]
+        found: dict[int, Tensor] = {}
+        for (_, dtype), places in _alike([(matrix.shape, dtype) for matrix, dtype in flat]):
+            found |= zip(places, polars([flat[at][0] for at in places], dtype))
+        several = (found[at] for at in range(len(flat)))
+        return [list(islice(several, len(one.matrices))) for one in asked]
+
+
+@dataclass(frozen=True, slots=True)
+class Isometric:
+    """Asks for an `Isometry`; see `isometry`."""
+
+    matrix: Tensor
+    floor: float = 0.0
+    drop: bool = False
+
+    @classmethod
+    def answers(cls, asked: "Sequence[Isometric]") -> list[Isometry]:
+        found: dict[int, Isometry] = {}
+        for (_, _, drop), places in _alike([(one.matrix.shape, one.matrix.dtype, one.drop) for one in asked]):
+            some = [asked[at] for at in places]
+            found |= zip(places, isometries([one.matrix for one in some], [one.floor for one in some], drop=drop))
+        return [found[at] for at in range(len(asked))]
+
+
+def _alike(kinds: Sequence[Kind]) -> list[tuple[Kind, list[int]]]:
+    """Each kind with the places where it is."""
+    places: dict[Kind, list[int]] = {}
+    for at, kind in enumerate(kinds):
+        places.setdefault(kind, []).append(at)
+    return list(places.items())
+
+
+Work = Generator[Question, Any, Tensor]
+
+
+def abreast(work: Callable[[Tile], Work]) -> Kernel:
+    """A kernel that asks for what it wants to know of spectra, so that several tensors can ask together.
+
+    Args:
+        work: on one tile: yields questions, is sent the answers, returns the kernel's result.
+    """
+
+    def together(tiles: Sequence[Tile]) -> list[Tensor]:
+        works, found = [work(tile) for tile in tiles], [tile.stack[0] for tile in tiles]
+        answers: dict[int, Any] = dict.fromkeys(range(len(tiles)))
+        while answers:
+            asked: list[tuple[int, Question]] = []
+            for at, answer in answers.items():
+                try:
+                    asked.append((at, works[at].send(answer)))
+                except StopIteration as done:
+                    found[at] = done.value
+            answers = {}
+            for kind, places in _alike([type(question) for _, question in asked]):
+                told = kind.answers([asked[place][1] for place in places])
+                answers |= zip((asked[place][0] for place in places), told)
+        return found
+
+    @formula("abreast", of=together)
+    def kernel(tile: Tile) -> Tensor:
+        (found,) = together([tile])
+        return found
+
+    return kernel
 
 
 _HEADROOM = 1.1  # norms of finite random matrices were seen 2 % above their limit

@@ -40,6 +40,7 @@ HASHED = 4  # times as many are read at a time where they are hashed too, since 
 SPAN = 1 << 21
 HELD = 64 << 20  # bytes of all inputs of a tensor that is read once for several passes, for each worker
 SAMPLE_BLOCK = 256
+MOST_ABREAST = 16  # tensors that a GPU works on at once: with more, launches are no smaller share of the time
 
 Role = Literal["preprocess", "combine", "postprocess"]
 Unit = Literal["element", "tensor"]
@@ -239,7 +240,7 @@ class _Sweep:
             self._upload()
             for stage, plan in zip(self.stages, plans):
                 self._chain.append((stage, self._plan(stage, plan)))
-            if not self._merged_fused() and not self._merged_compiled():
+            if not self._merged_fused() and not self._merged_abreast() and not self._merged_compiled():
                 self._pass(self._finish_tile, "merging")
             self._late_reports()
         elif not self._in_step():
@@ -502,6 +503,46 @@ class _Sweep:
             facts = report.facts() if callable(report.facts) else report.facts
             self._report(stage, Report(facts), name)
         return True
+
+    def _merged_abreast(self) -> bool:
+        """The last pass over whole tensors on a GPU, those of one shape together where a kernel can take several."""
+        if not self.whole or not _on_gpu(self.deltas) or not any(_several(kernel) for _, kernel in self._chain):
+            return False
+        self._pass_abreast()
+        return True
+
+    def _pass_abreast(self) -> None:
+        self.outcome.passes += 1
+        first, done = not self._read_once, 0
+        shapes: dict[tuple[int, ...], list[str]] = {}
+        for name, _, _ in self._items():
+            shapes.setdefault(tuple(self.deltas.infos[name].shape), []).append(name)
+        for shape, names in shapes.items():
+            numel = math.prod(shape)
+            need = self._whole_bytes(numel)
+            each = max(1, min(MOST_ABREAST, self._gate.size // (2 * max(1, need))))
+            for at in range(0, len(names), each):
+                some = names[at : at + each]
+                with self._gate(need * len(some)):
+                    self._finish_tiles([tile for name in some for tile in self._tiles(name, 0, numel, first)])
+                done += numel * len(some)
+                if self.options.progress is not None:
+                    self.options.progress(Progress("merging", self.outcome.passes, done, self.deltas.numel))
+        self._read_once = True
+
+    def _finish_tiles(self, tiles: list[Tile]) -> None:
+        """The same as `_finish_tile` for tiles of one shape."""
+        if self._stop.is_set() or not tiles[0].stack.numel() or any(tile.name in self.skip for tile in tiles):
+            for tile in tiles:
+                self._finish_tile(tile)
+            return
+        for stage, kernel in self._chain:
+            several = _several(kernel)
+            results = [kernel(tile) for tile in tiles] if several is None else several(tiles)
+            as_stack = stage.role == "preprocess"
+            tiles = [t.with_stack(r) if as_stack else t.with_merged(r) for t, r in zip(tiles, results)]
+        for tile in tiles:
+            self.sink(tile)
 
     def _segments(self) -> list[tuple[str, int, int]]:
         """What one worker brings to the GPU or back at once; in these units contents are hashed."""
@@ -1115,15 +1156,15 @@ class _Gate:
     """Lets work through while the bytes it needs fit; what is larger than everything goes through alone."""
 
     def __init__(self, size: int):
-        self._size, self._used = size, 0
+        self.size, self._used = size, 0
         self._changed = threading.Condition()
 
     @contextmanager
     def __call__(self, need: int) -> Iterator[bool]:
-        fits = need <= self._size
-        need = min(need, self._size)
+        fits = need <= self.size
+        need = min(need, self.size)
         with self._changed:
-            self._changed.wait_for(lambda: self._used + need <= self._size)
+            self._changed.wait_for(lambda: self._used + need <= self.size)
             self._used += need
         try:
             yield fits
@@ -1169,6 +1210,12 @@ def _uploaded_on_gpu(there: Any) -> Any:
     if rows is None:
         return None
     return fused.Resident([fused.Entry(name, tuned, base, weights) for name, tuned, base, weights in rows])
+
+
+def _several(kernel: Kernel) -> Callable[[Sequence[Tile]], Sequence[Tensor]] | None:
+    """The form of a kernel that takes several tiles of one shape at once, if it has one."""
+    told = formula_of(kernel)
+    return told.numbers["of"] if told is not None and told.name == "abreast" else None
 
 
 def _chain_formula(kernels: Sequence[Kernel]) -> Formula | None:

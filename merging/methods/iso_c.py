@@ -2,10 +2,17 @@
 
 from typing import Literal
 
-from torch import Tensor
-
 from merging.method import Patterns, merge_method, plain_mean
-from merging.spectra import RankWatch, is_weight_matrix, isometry, rounding_floor, weights_norm, without_matrices
+from merging.spectra import (
+    Isometric,
+    RankWatch,
+    Work,
+    abreast,
+    is_weight_matrix,
+    rounding_floor,
+    weights_norm,
+    without_matrices,
+)
 from taskvec.deltas import Deltas, Tile, rounding_of
 from taskvec.plan import Plan, Report
 
@@ -36,13 +43,14 @@ def iso_c(
     watch = RankWatch("only the directions within it are flattened", without_matrices(deltas, averaged, "are averaged"))
     yield Report(watch.facts)
 
-    def kernel(tile: Tile) -> Tensor:
+    @abreast
+    def kernel(tile: Tile) -> Work:
         if not is_weight_matrix(tile.name, tile.shape, averaged):
             return plain_mean(tile)
         total = tile.total()
         # independent errors of the tasks add in squares
         least = rounding_floor(tile, rounding_of(deltas, tile.name)) * weights_norm(tile)
-        found = watch.saw(tile.name, isometry(total, floor=least, drop=rounding == "drop"))
+        found = watch.saw(tile.name, (yield Isometric(total, floor=least, drop=rounding == "drop")))
         watch.rounded(tile.name, found.mostly_rounding)
         if found.kept == 0:
             return total.zero_()

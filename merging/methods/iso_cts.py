@@ -8,12 +8,13 @@ from torch import Tensor
 
 from merging.method import Patterns, merge_method, plain_mean, weighted_rows
 from merging.spectra import (
+    Decompositions,
+    Polars,
     RankWatch,
+    Work,
+    abreast,
     is_weight_matrix,
-    polar,
     rounding_floor,
-    svd,
-    svds,
     weights_norm,
     without_matrices,
 )
@@ -51,7 +52,8 @@ def iso_cts(
     )
     yield Report(watch.facts)
 
-    def kernel(tile: Tile) -> Tensor:
+    @abreast
+    def kernel(tile: Tile) -> Work:
         if not is_weight_matrix(tile.name, tile.shape, averaged):
             return plain_mean(tile)
         dtype, full, count = tile.stack.dtype, min(tile.shape), len(tile.tasks)
@@ -59,7 +61,8 @@ def iso_cts(
         own = min(own, full // count)
         if own == 0:
             watch.note(tile.name, "so many tasks leave no directions of their own: Iso-C is what remains")
-        total = watch.saw(tile.name, svd(tile.total(), most=full - own * count))
+        (total,) = yield Decompositions([tile.total()], dtype, most=full - own * count, ranked=True)
+        watch.saw(tile.name, total)
         # independent errors of the tasks add in squares
         least = rounding_floor(tile, rounding_of(deltas, tile.name)) * weights_norm(tile)
         if rounding == "keep":
@@ -72,7 +75,7 @@ def iso_cts(
             sizes = [float(torch.linalg.matrix_norm(delta.double())) for delta in weighted_rows(tile)]
             rests = (delta - total.left @ (total.left.T @ delta) for delta in map(Tensor.double, weighted_rows(tile)))
             # the common directions are known to the sum's rounding only, and so is what they leave
-            for part in svds(rests, dtype, size=sizes, most=own):
+            for part in (yield Decompositions(rests, dtype, size=sizes, most=own)):
                 parts.append(part if rounding == "keep" else part.above(least))
         parts.append(total)
         values, lefts, rights = (torch.cat(sides, -1) for sides in zip(*((p.values, p.left, p.right) for p in parts)))
@@ -80,7 +83,7 @@ def iso_cts(
         if not len(values):
             return torch.zeros_like(tile.stack[0])
         mean = values.sum() / (len(values) if mean_over == "rank" else full)
-        left = polar(lefts, dtype).mul_(mean)
-        return (left @ polar(rights, dtype).T).to(dtype)
+        left, right = yield Polars([lefts, rights], dtype)
+        return (left.mul_(mean) @ right.T).to(dtype)
 
     return kernel

@@ -3,10 +3,18 @@
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from merging.method import Patterns, merge_method, plain_mean, weighted_rows
-from merging.spectra import RankWatch, is_weight_matrix, polar, rounding_floor, svds, without_matrices
+from merging.spectra import (
+    Decompositions,
+    Polars,
+    RankWatch,
+    Work,
+    abreast,
+    is_weight_matrix,
+    rounding_floor,
+    without_matrices,
+)
 from taskvec.deltas import Deltas, Tile, rounding_of
 from taskvec.plan import Plan, Report
 
@@ -35,12 +43,13 @@ def tsv_m(
     )
     yield Report(watch.facts)
 
-    def kernel(tile: Tile) -> Tensor:
+    @abreast
+    def kernel(tile: Tile) -> Work:
         if not is_weight_matrix(tile.name, tile.shape, averaged):
             return plain_mean(tile)
         dtype, keep = tile.stack.dtype, max(1, min(tile.shape) // len(tile.tasks))
         parts, floor = [], rounding_floor(tile, rounding_of(deltas, tile.name))
-        for task, part in enumerate(svds(weighted_rows(tile), dtype, most=keep)):
+        for task, part in enumerate((yield Decompositions(weighted_rows(tile), dtype, most=keep))):
             if part.rank < keep:
                 watch.saw(tile.name, part)
             least = floor * float(tile.weights[task].abs().double().mean())
@@ -50,7 +59,7 @@ def tsv_m(
         watch.counted(tile.name)
         values, lefts, rights = (torch.cat(sides, -1) for sides in zip(*((p.values, p.left, p.right) for p in parts)))
         del parts
-        left = polar(lefts, dtype).mul_(values)
-        return (left @ polar(rights, dtype).T).to(dtype)
+        left, right = yield Polars([lefts, rights], dtype)
+        return (left.mul_(values) @ right.T).to(dtype)
 
     return kernel

@@ -6,9 +6,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from merging import iterations
-from merging.spectra import isometry, isometry_by_products, polar, polar_by_products, svds
+from merging.method import method
+from merging.spectra import (
+    Decompositions,
+    Polars,
+    abreast,
+    isometries_by_products,
+    isometry,
+    polar,
+    polars_by_products,
+    svd,
+    svds,
+    svds_by_products,
+)
+from taskvec.deltas import StackDeltas, constant
+from taskvec.plan import formula_of
+from taskvec.sweep import Into, Options, _Sweep
 
 SINGLE = torch.finfo(torch.float32).eps
+
+
+def isometry_by_products(one, *, floor=0.0, drop=False):
+    (found,) = isometries_by_products([one], [floor], drop=drop)
+    return found
+
+
+def polar_by_products(one, dtype):
+    (found,) = polars_by_products([one], dtype)
+    return found
 
 
 def matrix(rows, columns, values, seed=0, size=1.0):
@@ -160,3 +185,193 @@ def test_several_decompositions_are_those_of_each():
         values = torch.linalg.svdvals(one.double())[:4]
         torch.testing.assert_close(found.values, values, rtol=1e-9, atol=0)
         torch.testing.assert_close(found.left.T @ one.double() @ found.right, values.diag(), rtol=0, atol=1e-9)
+
+
+def test_polar_factors_of_several_shapes_and_ranks_are_those_one_by_one():
+    talls = [matrix(40, 24, spectrum(24, least), seed) for seed, least in enumerate((0.5, 1e-2, 1e-9, 0.1))]
+    talls[3] *= 1e6
+    found = polars_by_products(talls, torch.float32)
+    assert [one is None for one in found] == [False, False, True, False]
+    for tall, one in zip(talls, found):
+        alone = polar_by_products(tall, torch.float32)
+        assert (one is None) == (alone is None)
+        if one is not None:
+            assert apart(one, alone) < 1e-13
+    wide = [tall.float().T for tall in talls]
+    for one, several in zip(wide, isometries_by_products(wide, [0.0] * 4)):
+        alone = isometry_by_products(one)
+        assert (several is None) == (alone is None)
+        if several is not None:
+            assert apart(several.factor, alone.factor) < 1e-13
+            assert several.mostly_rounding == alone.mostly_rounding
+
+
+SPECTRA = {
+    "flat": lambda n, draw: torch.linalg.svdvals(torch.randn(n, n, generator=draw, dtype=torch.float64)),
+    "tall": lambda n, draw: torch.linalg.svdvals(torch.randn(4 * n, n, generator=draw, dtype=torch.float64)),
+    "slow decay": lambda n, draw: torch.arange(1, n + 1, dtype=torch.float64) ** -0.5,
+    "decay": lambda n, draw: 1 / torch.arange(1, n + 1, dtype=torch.float64),
+    "steep": lambda n, draw: spectrum(n, 1e-6),
+    "spikes": lambda n, draw: torch.cat([torch.tensor([40.0, 30.0, 25.0]), torch.linspace(2, 0.1, n - 3)]).double(),
+    "steps": lambda n, draw: torch.tensor([float(1 + (n - at) // 4) for at in range(n)]),
+    "low rank": lambda n, draw: torch.cat([torch.linspace(2, 1, n // 3), torch.zeros(n - n // 3)]).double(),
+}
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    size=st.integers(9, 90),
+    share=st.floats(0.01, 0.4),
+    kind=st.sampled_from(sorted(SPECTRA)),
+    seed=st.integers(0, 1000),
+    scale=st.sampled_from([1e-18, 1.0, 1e15]),
+)
+def test_what_is_proven_of_the_largest_directions_is_so(size, share, kind, seed, scale):
+    count = max(1, int(share * size))
+    values = SPECTRA[kind](size, torch.Generator().manual_seed(seed))
+    tall = matrix(size + 7, size, values, seed, scale)
+    gram = tall.T @ tall
+    squares, vectors, (proven,) = iterations.leading(gram[None], count)
+    if not proven:
+        return
+    true, basis = torch.linalg.eigh(gram)
+    wanted, rest = basis[:, size - count :], basis[:, : size - count]
+    gap = float(true[size - count] - true[size - count - 1]) / float(true[-1])
+    torch.testing.assert_close(squares[0], true.flip(0)[:count], rtol=1e-12, atol=1e-14 * float(true[-1]))
+    assert float(torch.linalg.matrix_norm(rest.T @ vectors[0], 2)) < 1e-9 + 1e-14 / gap  # the eigenproblem's own error
+    assert float(torch.linalg.matrix_norm(wanted.T @ vectors[0], -2)) > 1 - 1e-9
+
+
+@pytest.mark.parametrize("kind", ["flat", "tall", "slow decay", "decay", "spikes"])
+@pytest.mark.parametrize("size", [64, 160])
+def test_spectra_of_task_vectors_are_proven(kind, size):
+    grams = []
+    for seed in range(3):
+        tall = matrix(size, size, SPECTRA[kind](size, torch.Generator().manual_seed(seed)), seed)
+        grams.append(tall.T @ tall)
+    together = iterations.leading(torch.stack(grams), size // 8)
+    assert together[2] == [True] * 3
+    for at, gram in enumerate(grams):
+        alone = iterations.leading(gram[None], size // 8)
+        torch.testing.assert_close(alone[0][0], together[0][at], rtol=1e-12, atol=0)
+        one, other = (found[1][place] for found, place in ((alone, 0), (together, at)))
+        assert float((one @ one.T - other @ other.T).norm()) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        torch.ones(60),
+        torch.zeros(60),
+        torch.cat(
+            [torch.linspace(3, 2, 6), torch.full((10,), 1.5), torch.linspace(1, 0.1, 44)]
+        ),  # the cut is within equal ones
+        torch.cat([torch.linspace(3, 2, 5), torch.zeros(55)]),
+        torch.full((60,), float("nan")),
+    ],
+    ids=["all equal", "zero", "equal at the cut", "rank below the count", "not numbers"],
+)
+def test_without_a_gap_nothing_is_proven(values):
+    basis = torch.linalg.qr(torch.randn(60, 60, generator=torch.Generator().manual_seed(1), dtype=torch.float64))[0]
+    gram = (basis * values.double() ** 2) @ basis.T
+    clear = (basis * torch.linspace(2, 0.1, 60).double() ** 2) @ basis.T
+    assert iterations.leading(torch.stack([gram, clear]), 8)[2] == [False, True]
+
+
+def test_an_eigenvector_that_was_missed_is_noticed():
+    size, count = 50, 6
+    basis = torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(2), dtype=torch.float64))[0]
+    values = torch.linspace(3, 0.1, size, dtype=torch.float64)
+    gram = ((basis * values) @ basis.T)[None]
+    assert iterations._shown(gram, values[None, :10], basis[None, :, :10], count) == [True]
+    for missed in range(count):
+        some = [at for at in range(11) if at != missed]
+        assert iterations._shown(gram, values[None, some], basis[None, :, some], count) == [False]
+    askew = basis[:, :10].clone()
+    askew[:, 0] += 1e-8 * basis[:, 20]
+    assert iterations._shown(gram, values[None, :10], askew[None], count) == [False]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(32, 90),
+    columns=st.integers(32, 90),
+    kind=st.sampled_from(sorted(SPECTRA)),
+    part=st.integers(4, 20),
+    seed=st.integers(0, 1000),
+    stored=st.sampled_from([torch.float32, torch.bfloat16]),
+    size=st.sampled_from([None, 1.0, 1e7]),
+)
+def test_largest_directions_by_products_are_those_of_the_svd(rows, columns, kind, part, seed, stored, size):
+    full = min(rows, columns)
+    most = max(1, full // part)
+    values = SPECTRA[kind](full, torch.Generator().manual_seed(seed))
+    given_ = [matrix(rows, columns, values, seed + at).to(stored).float() for at in range(3)]
+    for one, found in zip(given_, svds_by_products(given_, torch.float32, [size] * 3, most), strict=True):
+        expected = svd(one, torch.float32, size=size, most=most)
+        assert (min(found.rank, most), len(found.values)) == (min(expected.rank, most), len(expected.values))
+        torch.testing.assert_close(found.values, expected.values, rtol=1e-9, atol=1e-13)
+        assert found.cut == pytest.approx(expected.cut, rel=1e-9)
+        exact = torch.linalg.svdvals(one.double())
+        if len(found.values) == most and float(exact[most - 1] - exact[most]) > 1e-5 * float(exact[0]):
+            assert apart(found.dense(), expected.dense()) < 1e-8
+
+
+def test_where_the_rank_is_asked_for_it_is_the_whole_matrix_s():
+    given_ = [matrix(60, 48, torch.cat([torch.linspace(2, 1, 30), torch.zeros(18)])).float()]
+    (told,) = svds_by_products(given_, torch.float64, [1e-3], 6, ranked=True)
+    (short,) = svds_by_products(given_, torch.float32, [None], 6)
+    assert (short.rank >= 6, len(short.values), len(told.values)) == (True, 6, 6)
+    (ranked,) = svds_by_products(given_, torch.float32, [None], 6, ranked=True)
+    assert ranked.rank == svd(given_[0]).rank > 6
+
+
+def test_kernels_that_ask_get_the_answers_to_their_own_questions():
+    draw = torch.Generator().manual_seed(3)
+    stacks = {
+        name: torch.randn(2, *shape, generator=draw) for name, shape in {"a": (9, 5), "b": (6, 7), "c": (9, 5)}.items()
+    }
+
+    @abreast
+    def kernel(tile):
+        if tile.name == "b":
+            return tile.stack[1]
+        parts = yield Decompositions(iter(tile.stack), torch.float32, most=2)
+        sides = yield Polars([tile.stack[0], tile.stack[1].T], torch.float32)
+        return parts[1].dense() + sides[0] + sides[1].T
+
+    deltas = StackDeltas(stacks, None, constant([1.0, 1.0]))
+    tiles = [_Sweep._shaped(deltas.tile(name, 0, stacks[name][0].numel())) for name in stacks]
+    together = formula_of(kernel).numbers["of"](tiles)
+    for tile, found in zip(tiles, together):
+        assert torch.equal(found, kernel(tile))
+    one = stacks["c"]
+    expected = svd(one[1], most=2).dense() + polar(one[0], torch.float32) + polar(one[1].T, torch.float32).T
+    assert torch.equal(together[2], expected)
+
+
+class Together(_Sweep):
+    """A sweep that works as on a GPU."""
+
+    def _merged_abreast(self):
+        self._pass_abreast()
+        return True
+
+
+@pytest.mark.parametrize("name", ["iso_c", "iso_cts", "tsv_m"])
+def test_tensors_worked_on_together_are_those_one_by_one(name):
+    draw = torch.Generator().manual_seed(5)
+    shapes = {"a": (24, 20), "b": (20,), "c": (24, 20), "d": (20, 24), "e": (24, 20), "f": (0, 4), "g": (20,)}
+    stacks = {key: torch.randn(3, *shape, generator=draw) for key, shape in shapes.items()}
+    stacks["e"][:, :, 4:] = 0
+    found = []
+    for together in (False, True):
+        deltas = StackDeltas(stacks, None, constant([1.0, 0.5, 2.0]))
+        merged = {key: torch.empty(shape) for key, shape in shapes.items()}
+        stage = method(name).stage(method(name).bound({}))
+        kind = Together if together else _Sweep
+        outcome = kind(deltas, [stage], Into(merged, 0.5), "model", Options(workers=1), frozenset()).run()
+        found.append((merged, outcome.norms, outcome.warnings, outcome.facts, outcome.passes))
+    for key in shapes:
+        assert torch.equal(found[0][0][key], found[1][0][key])
+    assert found[0][1:] == found[1][1:]
