@@ -141,91 +141,169 @@ def find_residuals(
     return [found[index] for index in range(len(sequences))]
 
 
+@dataclass(eq=False)
+class _Open:
+    """The sequences that are still optimised, as rows of one batch. Those that are done leave it, and cost nothing more.
+
+    Attributes:
+        rows: [row], which sequences they are.
+        where: rows and places of the logits that predict the targets' tokens.
+        owners, wanted: [answer], the row and the token of each.
+        at: rows and places of the triggers.
+        count: [row], tokens of the target.
+        unit, stream: [trigger, 1], size of a step and of the residual stream.
+        moves, mean, square: [trigger, d], residuals in those units, and Adam's moments.
+        loss, best: [row] and [trigger, d], the least loss so far and what gave it.
+        greedy: [row], whether that gives the whole target.
+    """
+
+    rows: Tensor
+    where: tuple[Tensor, Tensor]
+    owners: Tensor
+    wanted: Tensor
+    at: tuple[Tensor, Tensor]
+    count: Tensor
+    unit: Tensor
+    stream: Tensor
+    moves: Tensor
+    mean: Tensor
+    square: Tensor
+    loss: Tensor
+    best: Tensor
+    greedy: Tensor
+
+    @classmethod
+    def of(cls, sequences: Sequence[Sequence_], width: int, device: torch.device) -> "_Open":
+        answers = [(row, place, token) for row, s in enumerate(sequences) for place, token in zip(s.answers, s.target)]
+        rows, places, tokens = (torch.tensor(column, device=device) for column in zip(*answers))
+        triggers = [(row, place) for row, s in enumerate(sequences) for place in s.positions]
+        at = (
+            torch.tensor([row for row, _ in triggers], device=device),
+            torch.tensor([place for _, place in triggers], device=device),
+        )
+        number = len(sequences)
+        still = torch.zeros(len(triggers), width, device=device)
+        one = torch.ones(len(triggers), 1, device=device)
+        return cls(
+            rows=torch.arange(number, device=device),
+            where=(rows, places),
+            owners=rows,
+            wanted=tokens,
+            at=at,
+            count=torch.tensor([float(len(s.target)) for s in sequences], device=device),
+            unit=one,
+            stream=one,
+            moves=still,
+            mean=still.clone(),
+            square=still.clone(),
+            loss=torch.full((number,), math.inf, device=device),
+            best=still.clone(),
+            greedy=torch.zeros(number, dtype=torch.bool, device=device),
+        )
+
+    def only(self, keep: Annotated[Tensor, "row"]) -> "_Open":
+        """The rows that are marked, numbered anew."""
+        new = keep.long().cumsum(0) - 1
+        answers, triggers = keep[self.owners], keep[self.at[0]]
+        owners = new[self.owners[answers]]
+        return _Open(
+            rows=self.rows[keep],
+            where=(owners, self.where[1][answers]),
+            owners=owners,
+            wanted=self.wanted[answers],
+            at=(new[self.at[0][triggers]], self.at[1][triggers]),
+            count=self.count[keep],
+            unit=self.unit[triggers],
+            stream=self.stream[triggers],
+            moves=self.moves[triggers],
+            mean=self.mean[triggers],
+            square=self.square[triggers],
+            loss=self.loss[keep],
+            best=self.best[triggers],
+            greedy=self.greedy[keep],
+        )
+
+    def adam(self, gradient: Tensor, step: int, lr: float) -> None:
+        """One step of Adam (arXiv:1412.6980), written out so that rows can leave with their moments."""
+        self.mean = torch.lerp(self.mean, gradient, 0.1)
+        self.square = torch.lerp(self.square, gradient.square(), 0.001)
+        size = self.square.sqrt() / math.sqrt(1 - 0.999**step) + 1e-8
+        self.moves = self.moves - lr / (1 - 0.9**step) * self.mean / size
+
+
 def _optimise(site: Site, sequences: Sequence[Sequence_], settings: Optimisation) -> list[Found]:
     model, device = site.model, device_of(site.model)
-    ids = padded([s.ids for s in sequences], device)
-    rows, columns, owner, labels = [], [], [], []
-    for row, sequence in enumerate(sequences):
-        for position, token in zip(sequence.answers, sequence.target):
-            rows.append(row)
-            columns.append(position)
-            owner.append(row)
-            labels.append(token)
-    where = (torch.tensor(rows, device=device), torch.tensor(columns, device=device))
-    owners, wanted = torch.tensor(owner, device=device), torch.tensor(labels, device=device)
-    count = torch.zeros(len(sequences), device=device).index_add_(0, owners, torch.ones(len(owner), device=device))
-    triggers = [(row, place) for row, s in enumerate(sequences) for place in s.positions]
-    at = (torch.tensor([r for r, _ in triggers], device=device), torch.tensor([p for _, p in triggers], device=device))
-    belongs = at[0]
-
+    lengths = torch.tensor([len(s.ids) for s in sequences])
+    now = _Open.of(sequences, site.width, device)
+    found: dict[int, Found] = {}
+    before = [0.0] * len(sequences)
     with ExitStack() as stack:
         stack.enter_context(frozen(model))
-        tail = stack.enter_context(Tail.of(site, ids, where))
+        tail = stack.enter_context(Tail.of(site, padded([s.ids for s in sequences], device), now.where))
         # in units of the MLP's own output, so that one lr serves every model and layer; where that is next to nothing, of
         # the stream (its median, since a few huge coordinates carry most of the norm)
-        typical = tail.stream[at].float().abs().median(dim=-1, keepdim=True).values
-        unit = torch.maximum(tail.mlp_output[at].float().pow(2).mean(dim=-1, keepdim=True).sqrt(), 0.2 * typical)
-        unit = unit.clamp_min(1e-6)
-        stream = tail.stream[at].float().norm(dim=-1, keepdim=True).clamp_min(1e-6)
-        moves = torch.zeros(len(triggers), site.width, device=device, requires_grad=True)
-        adam = torch.optim.Adam([moves], lr=settings.lr)
-        best_loss = torch.full((len(sequences),), math.inf, device=device)
-        best = torch.zeros_like(moves)
-        before = torch.zeros_like(best_loss)
-        done = torch.zeros(len(sequences), dtype=torch.bool, device=device)
-        greedy = torch.zeros_like(done)
-        steps = torch.zeros(len(sequences), dtype=torch.long)
+        typical = tail.stream[now.at].float().abs().median(dim=-1, keepdim=True).values
+        unit = torch.maximum(tail.mlp_output[now.at].float().pow(2).mean(dim=-1, keepdim=True).sqrt(), 0.2 * typical)
+        now.unit = unit.clamp_min(1e-6)
+        now.stream = tail.stream[now.at].float().norm(dim=-1, keepdim=True).clamp_min(1e-6)
         for step in range(settings.steps + 1):
+            moves = now.moves.requires_grad_(True)
             with torch.enable_grad():
-                residual = moves * unit
+                residual = moves * now.unit
 
-            def change(output: Tensor, residual: Tensor = residual) -> Tensor:
+            def change(
+                output: Tensor, residual: Tensor = residual, shape: torch.Size = tail.ids.shape, at: Any = now.at
+            ) -> Tensor:
                 # some MLPs see all tokens in one row (OPT)
-                shaped = output.reshape(*ids.shape, -1)
+                shaped = output.reshape(*shape, -1)
                 return shaped.index_put(at, residual.to(output.dtype), accumulate=True).reshape(output.shape)
 
             with torch.enable_grad(), site.adding(change):
                 logits = tail.logits().float()
-                picked = F.log_softmax(logits, dim=-1).gather(1, wanted[:, None])[:, 0]
-                loss = torch.zeros_like(best_loss).index_add(0, owners, -picked) / count
-                size = torch.zeros_like(best_loss).index_add(0, belongs, (residual / stream).pow(2).sum(dim=-1))
+                picked = F.log_softmax(logits, dim=-1).gather(1, now.wanted[:, None])[:, 0]
+                zero = torch.zeros_like(now.count)
+                loss = zero.index_add(0, now.owners, -picked) / now.count
+                size = zero.index_add(0, now.at[0], (residual / now.stream).pow(2).sum(dim=-1))
                 total = loss + settings.decay * size
             if not bool(torch.isfinite(total).all()):
                 raise EditError("The loss became NaN or infinite while an edit was optimised; lower lr or the clamp.")
             with torch.no_grad():
-                right = (logits.argmax(dim=-1) == wanted).to(count.dtype)
-                hit = torch.zeros_like(count).index_add_(0, owners, right) == count
+                right = (logits.argmax(dim=-1) == now.wanted).to(zero.dtype)
+                hit = zero.index_add(0, now.owners, right) == now.count
                 if step == 0:
-                    before = loss.detach().clone()
+                    before = loss.tolist()
                 # a greedy whole target counts for more than a lower loss
                 rank = loss.detach() - 100.0 * hit.to(loss.dtype)
-                improves = (rank < best_loss) & ~done
-                best_loss = torch.where(improves, rank, best_loss)
-                best = torch.where(improves[belongs][:, None], residual.detach(), best)
-                greedy = torch.where(improves, hit, greedy)
-                done |= (loss.detach() < settings.stop) & hit
-                steps += (~done.cpu()).long()
-            if bool(done.all()) or step == settings.steps:
+                improves = rank < now.loss
+                now.loss = torch.where(improves, rank, now.loss)
+                now.best = torch.where(improves[now.at[0]][:, None], residual.detach(), now.best)
+                now.greedy = torch.where(improves, hit, now.greedy)
+                done = (loss.detach() < settings.stop) & hit
+            last = step == settings.steps or bool(done.all())
+            if not last:
+                with torch.enable_grad():
+                    (gradient,) = torch.autograd.grad(total.sum(), moves)
+                with torch.no_grad():
+                    now.moves = moves.detach()
+                    now.adam(gradient, step + 1, settings.lr)
+                    length = (now.moves * now.unit).norm(dim=-1, keepdim=True)
+                    now.moves = now.moves * (settings.clamp * now.stream / length.clamp_min(1e-12)).clamp_max(1.0)
+            if not last and not bool(done.any()):
+                continue
+            for row in range(len(now.rows)) if last else torch.nonzero(done).flatten().tolist():
+                index, rank_now = int(now.rows[row]), float(now.loss[row])
+                found[index] = Found(
+                    now.best[now.at[0] == row].detach().clone(),
+                    rank_now + 100.0 if rank_now < -50 else rank_now,
+                    before[index],
+                    bool(now.greedy[row]),
+                    step + (last and not bool(done[row])),
+                )
+            if len(found) == len(sequences):
                 break
-            adam.zero_grad(set_to_none=True)
-            with torch.enable_grad():
-                (gradient,) = torch.autograd.grad(total.sum(), moves)
-            moves.grad = gradient * (~done[belongs])[:, None]
-            adam.step()
-            with torch.no_grad():
-                length = (moves * unit).norm(dim=-1, keepdim=True)
-                moves.mul_((settings.clamp * stream / length.clamp_min(1e-12)).clamp_max(1.0))
-    final = torch.where(best_loss < -50, best_loss + 100.0, best_loss)
-    return [
-        Found(
-            best[belongs == row].detach().clone(),
-            float(final[row]),
-            float(before[row]),
-            bool(greedy[row]),
-            int(steps[row]),
-        )
-        for row in range(len(sequences))
-    ]
+            now = now.only(~done)
+            tail.keep(~done, int(lengths[now.rows.cpu()].max()), now.where)
+    return [found[row] for row in range(len(sequences))]
 
 
 @contextmanager
@@ -252,6 +330,12 @@ class Tail:
         self.hidden: Tensor | None = None
         self.mlp_output = torch.empty(0)
         self.stream = torch.empty(0)
+
+    def keep(self, rows: Annotated[Tensor, "row"], length: int, where: tuple[Tensor, Tensor]) -> None:
+        """Only the marked rows, of at most so many tokens, from now on."""
+        self.ids, self.where = self.ids[rows][:, :length], where
+        if self.hidden is not None:
+            self.hidden = self.hidden[rows][:, :length]
 
     @classmethod
     @contextmanager
@@ -288,11 +372,13 @@ class Tail:
             tail.mlp_output = tail.mlp_output.reshape(*ids.shape, -1)
         with ExitStack() as stack:
             for index in range(site.layer):
-                stack.enter_context(_shortcut(layers[index], tail.hidden, shapes[index]))
+                stack.enter_context(_shortcut(layers[index], lambda: tail.hidden, shapes[index]))
             head = site.model.get_output_embeddings()  # type: ignore[operator]
             if head is not None:
                 handle = head.register_forward_pre_hook(
-                    lambda _, args: (args[0][where][None], *args[1:]) if args[0].shape[:2] == ids.shape else None
+                    lambda _, args: (
+                        (args[0][tail.where][None], *args[1:]) if args[0].shape[:2] == tail.ids.shape else None
+                    )
                 )
                 stack.callback(handle.remove)
             yield tail
@@ -308,11 +394,12 @@ class Tail:
 
 
 @contextmanager
-def _shortcut(layer: nn.Module, hidden: Tensor | None, as_tuple: bool) -> Iterator[None]:
+def _shortcut(layer: nn.Module, hidden: Tensor | Callable[[], Tensor | None] | None, as_tuple: bool) -> Iterator[None]:
     """A layer that gives what it gave before instead of computing it."""
 
     def forward(*_: Any, **__: Any) -> Any:
-        return (hidden,) if as_tuple else hidden
+        value = hidden() if callable(hidden) else hidden
+        return (value,) if as_tuple else value
 
     layer.forward = forward
     try:
