@@ -42,10 +42,19 @@ def exceeds(gram: Tensor, floor: Tensor) -> Tensor:
         gram: positive semidefinite, [batch, n, n].
         floor: [batch].
     """
+    return clearance(gram, floor) > 0
+
+
+def clearance(gram: Tensor, floor: Tensor) -> Tensor:
+    """The least pivot where every eigenvalue is shown to be above the floor, else 0: [batch].
+
+    Where no eigenvalue is far below all others it is their harmonic mean, about, and the least one is a few times smaller.
+    """
     shifted = gram.clone()
     shifted.diagonal(dim1=-2, dim2=-1).sub_(floor[:, None] * _CLEAR)
     factor, info = torch.linalg.cholesky_ex(shifted)
-    return (info == 0) & factor.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
+    pivots = factor.diagonal(dim1=-2, dim2=-1)
+    return pivots.square().amin(-1).where((info == 0) & pivots.isfinite().all(-1), 0.0)
 
 
 @cache
@@ -59,17 +68,30 @@ def _scalings(least: float) -> tuple[float, ...]:
     return tuple(found)
 
 
-def polar(matrix: Tensor, most: Tensor, least: float) -> Tensor:
+def polar(matrix: Tensor, most: Tensor, least: float, likely: float = 0.0) -> Tensor:
     """The polar factors of matrices of full rank, [batch, m, n].
 
     Args:
         matrix: float64 [batch, m, n], no wider than tall.
         most: no singular value is above this, [batch].
         least: and none is below this share of it.
+        likely: and probably none below this larger share, which takes fewer steps where it is so.
 
-    X ← α X (3 - α² Xᵀ X) / 2, with the α that is best for what is known of the spectrum: 14 steps from 1e-4.
+    X ← α X (3 - α² Xᵀ X) / 2, with the α that is best for what is known of the spectrum: 14 steps from 1e-4, 6 from 0.1.
     """
-    found = matrix / most[:, None, None]
+    found = _newton_schulz(matrix / most[:, None, None], max(least, likely))
+    if likely > least:
+        within = found.mT @ found
+        within.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+        if float(torch.linalg.matrix_norm(within).max()) > _ORTHONORMAL:
+            return _newton_schulz(found, least)  # smaller ones have only grown
+    return found
+
+
+_ORTHONORMAL = 1e-12
+
+
+def _newton_schulz(found: Tensor, least: float) -> Tensor:
     for factor in _scalings(least):
         found = torch.baddbmm(found, found, found.mT @ found, beta=1.5 * factor, alpha=-0.5 * factor**3)
     return found

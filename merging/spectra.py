@@ -238,7 +238,7 @@ def isometry(matrix: Tensor, *, floor: float = 0.0, drop: bool = False) -> Isome
 
 
 def isometries(matrices: Sequence[Tensor], floors: Sequence[float], *, drop: bool = False) -> list[Isometry]:
-    """The same for several matrices of one shape, each with a floor of its own."""
+    """The same for several matrices of one shape (or lying down), each with a floor of its own."""
     if not _prefers_products(matrices[0], matrices[0].dtype):
         return [_isometry_of(svd(matrix), floor, drop) for matrix, floor in zip(matrices, floors)]
     found: list[Isometry | None] = []
@@ -324,17 +324,23 @@ def polars_by_products(matrices: Sequence[Tensor], dtype: torch.dtype) -> list[T
     return _polars_by_products(matrices, torch.stack([_gram(m) for m in matrices]), torch.finfo(dtype).eps)
 
 
+_CAREFUL = 0.25  # of tall random matrices the least singular value is a half of what the pivots say
+
+
 def _polars_by_products(talls: Sequence[Tensor], grams: Tensor, precision: float) -> list[Tensor | None]:
     share = max(talls[0].shape) * precision
     if precision < _FINE or share > 0.1 or not grams.numel():
         return [None] * len(talls)
     largest = iterations.bound(grams)
     # the numerical rank is full if no singular value is below the cut for this largest one, which is no smaller than the true one
-    there = [at for at, clear in enumerate(iterations.exceeds(grams, largest * share**2).tolist()) if clear]
+    clear = (iterations.clearance(grams, largest * share**2) / largest).tolist()
+    there = [at for at, least in enumerate(clear) if least > 0]
     found: list[Tensor | None] = [None] * len(talls)
     if there:
         wide = torch.stack([talls[at].double() for at in there])
-        for at, factor in zip(there, iterations.polar(wide, largest[there].sqrt(), share)):
+        # the least singular value of a square matrix may be by itself far below the others
+        likely = _CAREFUL * min(clear[at] for at in there) ** 0.5 if wide.shape[1] >= 1.5 * wide.shape[2] else 0.0
+        for at, factor in zip(there, iterations.polar(wide, largest[there].sqrt(), share, likely)):
             found[at] = factor
     return found
 
@@ -365,7 +371,7 @@ class Decompositions:
             return [list(svds(one.matrices, one.dtype, size=one.size, most=one.most, ranked=one.ranked))]
         given = [list(one.matrices) for one in asked]
         found: list[list[Svd]] = [[] for _ in asked]
-        kinds = [(m[0].shape, one.dtype, one.most, one.ranked, one.size is None) for m, one in zip(given, asked)]
+        kinds = [(_tall(m[0]).shape, one.dtype, one.most, one.ranked, one.size is None) for m, one in zip(given, asked)]
         for (_, dtype, most, ranked, unsized), places in _alike(kinds):
             matrices = [matrix for at in places for matrix in given[at]]
             size = None if unsized else [each for at in places for each in asked[at].size or ()]
@@ -403,7 +409,7 @@ class Isometric:
     @classmethod
     def answers(cls, asked: "Sequence[Isometric]") -> list[Isometry]:
         found: dict[int, Isometry] = {}
-        for (_, _, drop), places in _alike([(one.matrix.shape, one.matrix.dtype, one.drop) for one in asked]):
+        for (_, _, drop), places in _alike([(_tall(one.matrix).shape, one.matrix.dtype, one.drop) for one in asked]):
             some = [asked[at] for at in places]
             found |= zip(places, isometries([one.matrix for one in some], [one.floor for one in some], drop=drop))
         return [found[at] for at in range(len(asked))]

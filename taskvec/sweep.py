@@ -505,7 +505,7 @@ class _Sweep:
         return True
 
     def _merged_abreast(self) -> bool:
-        """The last pass over whole tensors on a GPU, those of one shape together where a kernel can take several."""
+        """The last pass over whole tensors on a GPU, those of one shape (or transposed) together where a kernel can."""
         if not self.whole or not _on_gpu(self.deltas) or not any(_several(kernel) for _, kernel in self._chain):
             return False
         self._pass_abreast()
@@ -516,7 +516,7 @@ class _Sweep:
         first, done = not self._read_once, 0
         shapes: dict[tuple[int, ...], list[str]] = {}
         for name, _, _ in self._items():
-            shapes.setdefault(tuple(self.deltas.infos[name].shape), []).append(name)
+            shapes.setdefault(tuple(sorted(self.deltas.infos[name].shape)), []).append(name)
         for shape, names in shapes.items():
             numel = math.prod(shape)
             need = self._whole_bytes(numel)

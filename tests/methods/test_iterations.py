@@ -128,6 +128,28 @@ def test_polar_factors_of_a_batch_are_those_one_by_one():
         assert apart(iterations.polar(one[None], top[None], 4e-4)[0], found) < 1e-13
 
 
+@pytest.mark.parametrize("least", [0.9, 0.2, 1e-2, 3e-4])
+def test_a_wrong_guess_of_the_least_singular_value_costs_steps_only(least):
+    values = torch.ones(20, dtype=torch.float64)
+    values[-1] = least
+    stack = torch.stack([matrix(50, 20, values, seed) for seed in range(2)])
+    most = torch.full((2,), 1.01, dtype=torch.float64)
+    for likely in (0.0, 0.1, 0.8):
+        for one, found in zip(stack, iterations.polar(stack, most, 1e-4, likely)):
+            assert apart(found, dense_polar(one)) < 1e-11
+
+
+def test_pivots_bound_the_least_eigenvalue_from_above():
+    draw = torch.Generator().manual_seed(0)
+    for size, rows in ((30, 120), (30, 45), (1, 4)):
+        tall = torch.randn(rows, size, generator=draw, dtype=torch.float64)
+        gram = tall.T @ tall
+        least = float(torch.linalg.eigvalsh(gram)[0])
+        found = float(iterations.clearance(gram[None], gram.new_zeros(1)))
+        assert least * (1 - 1e-12) <= found < 16 * least
+        assert float(iterations.clearance(gram[None], gram.new_tensor([least]))) == 0
+
+
 def test_side_by_side_whitening_is_that_of_the_eigenproblem():
     sides = torch.cat([torch.linalg.qr(matrix(60, 12, spectrum(12, 0.1), seed))[0] for seed in range(4)], 1)
     found = polar_by_products(sides, torch.float32)
