@@ -14,7 +14,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-#define TV_VERSION 3 /* raised with every change of a struct or a signature; native.py holds the same number */
+#define TV_VERSION 4 /* raised with every change of a struct or a signature; native.py holds the same number */
 
 int tv_version(void) { return TV_VERSION; }
 
@@ -248,13 +248,14 @@ int tv_load(int level, const tv_tile *tile, float *stack, int64_t stride, float 
 }
 
 /* Counts against brackets [row, wanted]: below, at the low end, at the high end [row, wanted, 3]; what lies inside goes
-   to `inside` [row, wanted, room] and its number to `held`. Returns what is wrong. */
+   to `inside` [row, wanted, room] and its number to `held`, which is more than `room` less a vector where it found no room.
+   Returns what is wrong. */
 int tv_count(int level, const tv_tile *tile, const tv_values *what, int wanted, const float *low, const float *high,
              int64_t *counts, float *inside, int64_t room, int64_t *held, double *squares) {
     tv_piece piece = before_first(tile);
     int bad = 0;
     while (next_piece(tile, &piece, &bad))
-        bad |= CHOOSE(level, count)(&piece.tile, what, wanted, low, high, counts, inside, room, held,
+        bad |= CHOOSE(level, count)(&piece.tile, piece.at, what, wanted, low, high, counts, inside, room, held,
                                     squares ? squares + piece.chunk : squares);
     return bad;
 }

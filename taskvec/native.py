@@ -6,6 +6,7 @@ at installation, or the processor lacks AVX2, the twins run. Calls go through ct
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ CHUNK = 1 << 15
 """Elements whose squares make one partial sum."""
 
 MOST_TASKS = 64
-_VERSION = 3  # that of native.c: a library built from older sources is not used
+_VERSION = 4  # that of native.c: a library built from older sources is not used
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 AS_IS, LESS_BASE, PLUS_BASE = 0, 1, 2
@@ -388,16 +389,39 @@ def count(
     library, level = _library()
     tile, what = _tile(stored), values._struct()
     rows, wanted = low.shape
-    counts = np.zeros((rows, wanted, 3), np.int64)
-    held = np.zeros((rows, wanted), np.int64)
-    room = stored.count + 16  # a vector is stored whole behind what was kept so far
-    inside = np.empty((rows, wanted, room), np.float32)
-    bad = library.tv_count(
-        level, ctypes.byref(tile), ctypes.byref(what), wanted, low.ctypes.data, high.ctypes.data,
-        counts.ctypes.data, inside.ctypes.data, room, held.ctypes.data, None if squares is None else squares.ctypes.data,
-    )  # fmt: skip
+    bad = 0
+    for room in (stored.count // _FEW + 1024, stored.count + _VECTOR):
+        counts = np.zeros((rows, wanted, 3), np.int64)
+        held = np.zeros((rows, wanted), np.int64)
+        inside = _inside(rows * wanted * room).view(rows, wanted, room).numpy()
+        bad |= library.tv_count(
+            level, ctypes.byref(tile), ctypes.byref(what), wanted, low.ctypes.data, high.ctypes.data,
+            counts.ctypes.data, inside.ctypes.data, room, held.ctypes.data, None if squares is None else squares.ctypes.data,
+        )  # fmt: skip
+        if held.size == 0 or int(held.max()) <= room - _VECTOR:
+            break
+        squares = None  # they are known by now
     kept = [[inside[t, k, : held[t, k]].copy() for k in range(wanted)] for t in range(rows)]
     return Counted(counts, kept, not _checked(bad, stored) & _NOT_FINITE)
+
+
+_kept = threading.local()
+_MOST_KEPT = 8 << 20  # values, 32 MB; hardly any of it is ever touched
+_FEW = 8  # brackets hold a percent or less of a tile, so there is room for an eighth; where they hold more, for all
+_VECTOR = 16  # values that are stored at once
+
+
+def _inside(count: int) -> Tensor:
+    """Memory for what lies inside brackets, which this thread uses again and again.
+
+    Mapping and clearing it anew for each call took as long as counting, and giving it back stops the other threads.
+    """
+    room: Tensor | None = getattr(_kept, "room", None)
+    if room is None or room.numel() < count:
+        room = torch.empty(count)
+        if count <= _MOST_KEPT:
+            _kept.room = room
+    return room[:count]
 
 
 def listed(stored: Stored, values: Values) -> Tensor:

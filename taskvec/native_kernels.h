@@ -129,31 +129,26 @@ static int NAME(load)(const tv_tile *tile, float *stack, int64_t stride, float *
     return bad;
 }
 
-/* One vector against a bracket of which some lie at or above the low end. */
-static inline int64_t NAME(count_some)(NAME(vector) x, NAME(lanes) from, float low, float high, int64_t *counts,
-                                       float *inside, int64_t kept) {
-    const NAME(vector) h = V(set1)(high);
-    NAME(lanes) in = from & COMPARED(x, h, _CMP_LE_OQ);
-    if (!in) return kept;
-    NAME(lanes) at_low = in & COMPARED(x, V(set1)(low), _CMP_EQ_OQ), at_high = in & COMPARED(x, h, _CMP_EQ_OQ);
+/* What of one vector lies in a bracket, both ends included. What finds no room is only counted. */
+__attribute__((always_inline)) static inline int64_t NAME(count_in)(NAME(vector) x, NAME(lanes) in, NAME(vector) low,
+                                                                    NAME(vector) high, int64_t *counts, float *inside,
+                                                                    int64_t room, int64_t kept) {
+    NAME(lanes) at_low = in & COMPARED(x, low, _CMP_EQ_OQ), at_high = in & COMPARED(x, high, _CMP_EQ_OQ);
     counts[1] += __builtin_popcount(at_low);
     counts[2] += __builtin_popcount(at_high);
     in &= (NAME(lanes))~(at_low | at_high);
-    if (in) {
-        V(storeu)(inside + kept, GATHERED(x, in));
-        kept += __builtin_popcount(in);
-    }
-    return kept;
+    if (kept + LANES <= room) V(storeu)(inside + kept, GATHERED(x, in));
+    return kept + __builtin_popcount(in);
 }
 
-/* Values against one bracket. Up to a vector beyond `count` is read. */
-static inline void NAME(count_one)(const float *restrict values, int count, float low, float high, int64_t *counts,
-                                   float *inside, int64_t *held) {
-    const NAME(vector) l = V(set1)(low);
-    int64_t reached = 0, kept = *held;
+/* Values against one bracket; up to a vector beyond `count` is read. `seen` values were counted before. */
+static inline void NAME(count_one)(const float *restrict values, int count, int64_t seen, float low, float high,
+                                   int64_t *counts, float *inside, int64_t room, int64_t *held) {
+    const NAME(vector) l = V(set1)(low), h = V(set1)(high);
+    const int rare = 512 * (seen - counts[0]) <= seen; /* hardly any of 4 vectors reached it so far */
+    int64_t reached = 0, equal = 0, kept = *held, ends[3] = {0};
     int i = 0;
     if (low == high) { /* nothing lies inside */
-        int64_t equal = 0;
         for (; i < count; i += LANES) {
             NAME(vector) x = V(loadu)(values + i);
             NAME(lanes) from = COMPARED(x, l, _CMP_GE_OQ), there = COMPARED(x, l, _CMP_EQ_OQ);
@@ -167,22 +162,27 @@ static inline void NAME(count_one)(const float *restrict values, int count, floa
     for (; i + 4 * LANES <= count; i += 4 * LANES) {
         NAME(vector) a = V(loadu)(values + i), b = V(loadu)(values + i + LANES);
         NAME(vector) c = V(loadu)(values + i + 2 * LANES), d = V(loadu)(values + i + 3 * LANES);
-        /* brackets near the upper end are rarely reached */
-        if (!COMPARED(V(max)(V(max)(a, b), V(max)(c, d)), l, _CMP_GE_OQ)) continue;
-        const NAME(vector) four[4] = {a, b, c, d};
-        for (int j = 0; j < 4; j++) {
-            NAME(lanes) from = COMPARED(four[j], l, _CMP_GE_OQ);
-            reached += __builtin_popcount(from);
-            kept = NAME(count_some)(four[j], from, low, high, counts, inside, kept);
-        }
+        if (rare && !COMPARED(V(max)(V(max)(a, b), V(max)(c, d)), l, _CMP_GE_OQ)) continue;
+        NAME(lanes) in_a = COMPARED(a, l, _CMP_GE_OQ), in_b = COMPARED(b, l, _CMP_GE_OQ);
+        NAME(lanes) in_c = COMPARED(c, l, _CMP_GE_OQ), in_d = COMPARED(d, l, _CMP_GE_OQ);
+        reached += __builtin_popcount(in_a) + __builtin_popcount(in_b);
+        reached += __builtin_popcount(in_c) + __builtin_popcount(in_d);
+        in_a &= COMPARED(a, h, _CMP_LE_OQ), in_b &= COMPARED(b, h, _CMP_LE_OQ);
+        in_c &= COMPARED(c, h, _CMP_LE_OQ), in_d &= COMPARED(d, h, _CMP_LE_OQ);
+        if (!(in_a | in_b | in_c | in_d)) continue;
+        kept = NAME(count_in)(a, in_a, l, h, ends, inside, room, kept);
+        kept = NAME(count_in)(b, in_b, l, h, ends, inside, room, kept);
+        kept = NAME(count_in)(c, in_c, l, h, ends, inside, room, kept);
+        kept = NAME(count_in)(d, in_d, l, h, ends, inside, room, kept);
     }
     for (; i < count; i += LANES) {
         NAME(vector) x = V(loadu)(values + i);
-        NAME(lanes) from = NAME(lanes_of)(count - i) & COMPARED(x, l, _CMP_GE_OQ);
-        reached += __builtin_popcount(from);
-        kept = NAME(count_some)(x, from, low, high, counts, inside, kept);
+        NAME(lanes) in = NAME(lanes_of)(count - i) & COMPARED(x, l, _CMP_GE_OQ);
+        reached += __builtin_popcount(in);
+        in &= COMPARED(x, h, _CMP_LE_OQ);
+        if (in) kept = NAME(count_in)(x, in, l, h, ends, inside, room, kept);
     }
-    counts[0] += count - reached;
+    counts[0] += count - reached, counts[1] += ends[1], counts[2] += ends[2];
     *held = kept;
 }
 
@@ -339,9 +339,9 @@ static inline int NAME(values)(const tv_values *what, int tasks, int count, floa
 }
 
 /* PCB's scores against brackets: those of entries that certainly lie below all of them are only counted. */
-static inline void NAME(count_scores)(const tv_values *what, int tasks, int wanted, int count, float (*rows)[BLOCK],
-                                      float *sum, const float *low, const float *high, int64_t *counts, float *inside,
-                                      int64_t room, int64_t *held) {
+static inline void NAME(count_scores)(const tv_values *what, int tasks, int wanted, int count, int64_t seen,
+                                      float (*rows)[BLOCK], float *sum, const float *low, const float *high,
+                                      int64_t *counts, float *inside, int64_t room, int64_t *held) {
     float value[BLOCK], total[BLOCK], score[BLOCK];
     uint32_t where[BLOCK + LANES];
     NAME(sum)(rows, tasks, count, sum);
@@ -361,28 +361,30 @@ static inline void NAME(count_scores)(const tv_values *what, int tasks, int want
         for (int k = 0; k < wanted; k++) {
             int64_t place = (int64_t)task * wanted + k;
             counts[3 * place] += count - kept;
-            NAME(count_one)(score, kept, low[place], high[place], counts + 3 * place, inside + place * room, held + place);
+            NAME(count_one)(score, kept, seen + count - kept, low[place], high[place], counts + 3 * place,
+                            inside + place * room, room, held + place);
         }
     }
 }
 
-static int NAME(count)(const tv_tile *tile, const tv_values *what, int wanted, const float *low, const float *high,
-                       int64_t *counts, float *inside, int64_t room, int64_t *held, double *squares) {
+static int NAME(count)(const tv_tile *tile, int64_t seen, const tv_values *what, int wanted, const float *low,
+                       const float *high, int64_t *counts, float *inside, int64_t room, int64_t *held, double *squares) {
     float base[BLOCK], total[BLOCK], rows[MOST_TASKS][BLOCK]; /* only those of this merge's tasks are touched */
     int bad = 0;
     for (int64_t at = 0; at < tile->count; at += BLOCK) {
         int count = (int)(tile->count - at < BLOCK ? tile->count - at : BLOCK);
         bad |= NAME(block)(tile, at, count, base, rows, squares);
         if (what->what == PCB_SCORE) {
-            NAME(count_scores)(what, tile->tasks, wanted, count, rows, total, low, high, counts, inside, room, held);
+            NAME(count_scores)(what, tile->tasks, wanted, count, seen + at, rows, total, low, high, counts, inside, room,
+                               held);
             continue;
         }
         int kept = NAME(values)(what, tile->tasks, count, rows, total);
         for (int row = 0; row < kept; row++)
             for (int k = 0; k < wanted; k++) {
                 int64_t place = (int64_t)row * wanted + k;
-                NAME(count_one)(rows[row], count, low[place], high[place], counts + 3 * place, inside + place * room,
-                                held + place);
+                NAME(count_one)(rows[row], count, seen + at, low[place], high[place], counts + 3 * place,
+                                inside + place * room, room, held + place);
             }
     }
     return bad;

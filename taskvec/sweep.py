@@ -36,8 +36,7 @@ TILE = 1 << 19  # elements a task: with smaller ones threads wait for each other
 TILE_RESIDENT = 1 << 24  # on a GPU launches cost more than cache misses
 PIECES = 5 << 18  # bytes of all inputs that a compiled pass takes at a time: they stay in the second-level cache
 HASHED = 4  # times as many are read at a time where they are hashed too, since each time returns to Python
-# elements of all tasks in a partial result: room for all of them is made, in huge pages, and little of it used
-SPAN = 1 << 21
+SPAN = 1 << 24  # elements of all tasks in a partial result, for an eighth of which room is made and little of it used
 HELD = 64 << 20  # bytes of all inputs of a tensor that is read once for several passes, for each worker
 SAMPLE_BLOCK = 256
 MOST_ABREAST = 16  # tensors that a GPU works on at once: with more, launches are no smaller share of the time

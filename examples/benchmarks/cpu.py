@@ -4,6 +4,7 @@
     python examples/benchmarks/cpu.py --memory --zoo DIR          peak memory and time against model size
     python examples/benchmarks/cpu.py --charts DIR --zoo DIR       time and memory against model size and number of tasks
     python examples/benchmarks/cpu.py --in-memory                  PCB against the reference form, n = 8, d = 20 M
+    python examples/benchmarks/cpu.py --passes --zoo DIR           each pass of PCB against bare loops (needs cc)
 
 Every command is timed from process start to exit, in turn (A B A B), with the page cache warm; peak memory is that of
 the whole process tree (resident pages, mapped files included), sampled every 20 ms. The floor reads all inputs once and
@@ -367,6 +368,126 @@ def in_memory(arguments: argparse.Namespace) -> dict[str, object]:
     return result
 
 
+_PASSES = """
+import json, sys, time
+from taskvec import ahead
+ahead.begin({zoo!r})  # as the command does: inputs are hashed while torch loads
+from merging import Recipe, merge
+from taskvec import sweep
+found, run = [], sweep._Sweep._parallel
+def timed(self, items, work, label):
+    began = time.perf_counter()
+    run(self, items, work, label)
+    found.append(time.perf_counter() - began)
+sweep._Sweep._parallel = timed
+recipe = {{"method": "pcb", "parameters": {{"density": 0.1}}, "base": {zoo!r}[0], "tasks": {zoo!r}[1:]}}
+merged = merge(Recipe.from_data(recipe), {out!r}, overwrite=True)
+print(json.dumps({{"passes": found, "facts": merged.provenance["statistics"]}}))
+"""
+
+_KERNELS = """
+import json, sys, threading, time
+import numpy as np, torch
+from taskvec import Checkpoint, native
+from taskvec.checkpoint import SEGMENT
+from taskvec.deltas import ModelDeltas, Room, Task
+from taskvec.native import CHUNK, Combination, Values
+base, *tuned = [Checkpoint.open(path) for path in {zoo!r}]
+numbers, tasks = json.loads({numbers!r}), len(tuned)
+deltas = ModelDeltas(base, [Task(str(i), source) for i, source in enumerate(tuned)], list(base.infos))
+low, high, cut, top = ([row[k] for row in numbers] for k in range(4))
+ends = lambda *pairs: tuple(np.array([[pair[k] for pair in row] for row in zip(*pairs)], np.float32) for k in (0, 1))
+around = lambda values: [(0.99 * value, 1.01 * value) for value in values]
+sizes = ends([(value, value) for value in low], around(high), [(2 * value, np.inf) for value in high])
+scores = ends(around(cut), [(0.9 * value, np.inf) for value in top])
+size = max(1, (5 << 18) // (2 * (tasks + 1) * CHUNK)) * CHUNK
+def one(kind, stored, room):
+    if kind == 1: native.count(stored, Values("magnitude"), *sizes)
+    elif kind == 2: native.count(stored, Values("pcb score", low, high), *scores)
+    else:
+        how = Combination("pcb", [1.0] * tasks, onto_base=True, keeps=[True] * tasks, low=low, high=high, cut=cut, top=top)
+        native.merge(stored, how, room[: stored.count])
+for kind in (1, 2, 3):
+    items = iter([(n, s, min(s + SEGMENT, i.numel)) for n, i in base.infos.items() for s in range(0, i.numel, SEGMENT)])
+    lock = threading.Lock()
+    def work():
+        room, out = Room.of(tasks, size), torch.empty(SEGMENT, dtype=torch.bfloat16)
+        while True:
+            with lock: item = next(items, None)
+            if item is None: return
+            one(kind, deltas.streamed(*item, size, room), out)
+    threads = [threading.Thread(target=work) for _ in range({threads})]
+    began = time.perf_counter()
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    print(time.perf_counter() - began)
+"""
+
+
+def passes(arguments: argparse.Namespace) -> dict[str, object]:
+    """Wall-clock time of PCB's three passes, in the engine and in two bare loops over the same files and threads.
+
+    `loop` is bare.c: a plain C loop that reads the tiles and computes the same of each entry, every score in full. `kernels`
+    calls the engine's own compiled passes, and nothing else of it: no digests, norms, brackets that are kept, checks. Only
+    the engine's third pass writes a model; `loop` writes as many bytes into one file, `kernels` none.
+    """
+    from taskvec import Checkpoint
+
+    zoo = build(
+        arguments.zoo / f"h{arguments.hidden}-l{arguments.layers}", hidden=arguments.hidden, layers=arguments.layers
+    )
+    warm(zoo)
+    threads = len(os.sched_getaffinity(0))
+    out, program, listing = (arguments.zoo / name for name in ("out-ours", "bare", "bare.txt"))
+    source = Path(__file__).with_name("bare.c")
+    flags = ["-Ofast", "-march=native", "-mprefer-vector-width=512"]
+    subprocess.run(["cc", *flags, str(source), "-o", str(program), "-lm", "-lpthread"], check=True)
+
+    def run(code: str) -> str:
+        return subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
+
+    def engine() -> dict[str, object]:
+        shutil.rmtree(out, ignore_errors=True)
+        return json.loads(run(_PASSES.format(zoo=[str(path) for path in zoo], out=str(out))))
+
+    facts: dict[str, dict[str, object]] = engine()["facts"]["pcb"]  # type: ignore[index, assignment]
+    numbers = [
+        [*facts["clip"][task], facts["threshold"][task], facts["largest score"][task]] for task in facts["clip"]
+    ]  # fmt: skip
+    models = [Checkpoint.open(path) for path in zoo]
+    files = sorted({str(file) for path in zoo for file in path.glob("*.safetensors")})
+    opened = {os.open(file, os.O_RDONLY): place for place, file in enumerate(files)}
+    inodes = {os.fstat(fd).st_ino: place for fd, place in opened.items()}
+    lines = [f"{len(zoo)} {len(files)} {len(models[0].infos)}", *files]
+    for name, info in models[0].infos.items():
+        extents = [model.extent(name, 0, info.numel) for model in models]
+        lines += [str(info.numel), *(f"{inodes[os.fstat(fd).st_ino]} {offset}" for fd, offset, _ in extents)]
+    listing.write_text("\n".join([*lines, *(" ".join(map(repr, row)) for row in numbers)]) + "\n")
+    rows: dict[str, list[list[float]]] = {"engine": [], "loop": [], "kernels": []}
+    for _ in range(arguments.runs):
+        rows["engine"].append(engine()["passes"])  # type: ignore[arg-type]
+        kernels = _KERNELS.format(zoo=[str(path) for path in zoo], numbers=json.dumps(numbers), threads=threads)
+        rows["kernels"].append([float(line) for line in run(kernels).split()])
+        command = [str(program), str(listing)]
+        parts = [
+            subprocess.run(
+                [*command, str(k), str(threads), str(out) + ".bare"], capture_output=True, text=True, check=True
+            )
+            for k in (1, 2, 3)
+        ]
+        rows["loop"].append([float(part.stdout.split()[0]) for part in parts])
+    table: dict[str, dict[str, float]] = {}
+    for place, name in enumerate(("magnitudes", "scores", "merge")):
+        row = {which: statistics.median(run[place] for run in found) for which, found in rows.items()}
+        table[name] = {
+            **row,
+            "over the loop": row["engine"] / row["loop"],
+            "over kernels": row["engine"] / row["kernels"],
+        }
+        print(f"{name}: " + ", ".join(f"{k} {v:.2f}" for k, v in table[name].items()), file=sys.stderr, flush=True)
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--zoo", type=Path, default=Path("out/benchmark-zoo"))
@@ -380,6 +501,7 @@ def main() -> None:
     parser.add_argument("--budget", default="1GiB")
     parser.add_argument("--charts", type=Path, metavar="FOLDER", help="where the pictures go")
     parser.add_argument("--in-memory", action="store_true")
+    parser.add_argument("--passes", action="store_true", help="PCB's passes against bare loops")
     parser.add_argument("--numel", type=int, default=20_000_000)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -389,6 +511,8 @@ def main() -> None:
         if arguments.charts
         else in_memory(arguments)
         if arguments.in_memory
+        else passes(arguments)
+        if arguments.passes
         else memory(arguments)
         if arguments.memory
         else against_mergekit(arguments)

@@ -199,6 +199,7 @@ INPUTS = (
 @settings(max_examples=120, deadline=None)
 @example(5, "heavy", 4, 2048, 1e-3, 0.1, 0.9, 0)
 @example(2, "agreeing", 64, 1024, 1.0, 0.0, 0.99, 1)
+@example(2, "agreeing", 46, 25, 1e-14, 0.0, 0.0, 4)
 @given(*INPUTS)
 def test_scores_that_are_only_bounded_lie_below_the_brackets(level, kind, tasks, count, size, clip, share, seed):
     if level > native._library()[1]:
@@ -223,13 +224,14 @@ def test_scores_that_are_only_bounded_lie_below_the_brackets(level, kind, tasks,
 @settings(max_examples=120, deadline=None)
 @example(5, "heavy", 4, 2048, 1e-3, 0.1, 0.9, 0)
 @example(2, "normal", 3, 1024, 1e-2, 0.0, 0.5, 1)
+@example(2, "agreeing", 46, 25, 1e-14, 0.0, 0.0, 4)
 @given(*INPUTS)
 def test_entries_that_are_only_bounded_have_no_share(level, kind, tasks, count, size, clip, share, seed):
     if level > native._library()[1]:
         return
     rows, stored, values, truth = scored(kind, tasks, count, size, clip, seed)
     cut, top = np.sort(truth, 1)[:, int(share * (count - 1))], truth.max(1)
-    keeps, weights = top > cut, [2.0 ** (task % 3 - 1) for task in range(tasks)]  # whose products are exact
+    keeps, weights = top > cut, [2.0 ** (task % 3) for task in range(tasks)]  # whose products are exact
     total, below = np.zeros(count, np.float32), np.zeros(count, np.float32)
     for task in np.flatnonzero(keeps):
         part = (np.maximum(truth[task], cut[task]) - cut[task]) / (top[task] - cut[task])
@@ -354,3 +356,20 @@ def test_every_other_pass_goes_backwards_to_find_its_inputs_in_the_page_cache(tm
     count, last = (list(dict.fromkeys(order)) for order in seen.values())
     assert count == list(shapes)
     assert last == count[::-1]
+
+
+@compiled
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_bracket_that_holds_nearly_everything_keeps_all_of_it(level, monkeypatch):
+    library = native._library()[0]
+    monkeypatch.setattr(native, "_library", lambda: (library, level))
+    row = torch.randn(100_000, generator=torch.Generator().manual_seed(2))
+    stored = native.Stored("w", 0, len(row), [row], [native.AS_IS], None)
+    squares = stored.squares()
+    wide, narrow = (np.array([[low, end]], np.float32) for low, end in ((-9.0, 0.0), (9.0, 0.001)))
+    found = native.count(stored, native.Values("value"), wide, narrow, squares)
+    (everything, few) = found.inside[0]
+    assert np.array_equal(everything, row.numpy())
+    assert np.array_equal(few, row[(row > 0) & (row < np.float32(0.001))].numpy())
+    assert found.counts[0, :, 0].tolist() == [0, int((row < 0).sum())]
+    np.testing.assert_allclose(squares.sum(), float(row.double().square().sum()), rtol=1e-6)
