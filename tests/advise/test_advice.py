@@ -202,7 +202,7 @@ def test_fully_tuned_encoders_get_the_spectral_family():
 
 def test_adapters_get_methods_for_a_common_basis_whatever_the_model():
     assert advised(seen(kind="encoder", inputs="LoRA"), "use") == ["knots", "iso_c", "tsv_m"]
-    assert advised(seen(kind="causal LM", inputs="LoRA"), "use") == ["tsv_m", "knots", "iso_c"]
+    assert advised(seen(kind="causal LM", inputs="LoRA"), "use") == ["tsv_m", "regmean_pp", "knots", "iso_c"]
 
 
 def test_networks_of_convolutions_get_methods_by_entry():
