@@ -603,7 +603,7 @@ class AdapterWriter:
             raise MismatchError(
                 impossible,
                 title="These changed tensors belong to no module that PEFT could save whole (leave them out with "
-                "other='drop', or write a checkpoint instead)",
+                "other='drop' (--other drop), or write a checkpoint instead)",
             )
         return list(modules), bias
 
@@ -701,7 +701,7 @@ class AdapterWriter:
             raise MismatchError(
                 self._in_order(self._refused),
                 title=f"{len(self._refused)} tensors changed that LoRA cannot hold (norms, biases and the like). Save "
-                "them whole with other='save', leave them out with other='drop', or write a checkpoint instead",
+                "them whole with other='save' (--other save), leave them out with other='drop', or write a checkpoint instead",
             )
         if self._pieces:
             raise OutputError(f"{self.out}: the deltas of {shortened(sorted(self._pieces))} are not whole.")
@@ -762,7 +762,7 @@ class AdapterWriter:
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             partial.mkdir()
-            save_file(dict(sorted(self._tensors.items())), partial / "adapter_model.safetensors", {"format": "pt"})
+            save_file(_apart(self._tensors), partial / "adapter_model.safetensors", {"format": "pt"})
             with open(partial / "adapter_model.safetensors", "rb") as file:
                 os.fsync(file.fileno())
             write_durably(partial / "adapter_config.json", config)
@@ -789,6 +789,16 @@ class AdapterWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._tensors.clear()
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by name, each in memory of its own: modules that share an embedding share its factors until here."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in sorted(tensors.items()):
+        found[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return found
 
 
 def write_adapter(

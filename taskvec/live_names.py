@@ -57,11 +57,12 @@ class Names:
                 if path.startswith(old) or (old.startswith(".") and old in path):
                     yield path.replace(old, new, 1)
         for parts in _ENCODERS:
-            spelled = f".{path}"
-            for memory, disk in parts:
-                spelled = spelled.replace(memory, disk, 1)
-            if spelled != f".{path}":
-                yield spelled[1:]
+            for pairs in (parts, [(disk, memory) for memory, disk in parts]):
+                spelled = f".{path}"
+                for old, new in pairs:
+                    spelled = spelled.replace(old, new, 1)
+                if spelled != f".{path}":
+                    yield spelled[1:]
 
     def _has(self, path: str) -> bool:
         return path in self.modules or path in self.base.infos

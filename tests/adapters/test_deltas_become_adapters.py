@@ -195,6 +195,40 @@ def test_a_tied_head_gets_the_same_change_as_its_embedding(family, tied_llama, t
     torch.testing.assert_close(logits(loaded, tokens), logits(tuned, tokens), atol=1e-4, rtol=0)
 
 
+def test_an_embedding_of_several_modules_is_stored_for_each(tmp_path, loads, logits):
+    # T5's encoder, decoder and head use one table
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=40, d_model=16, d_kv=8, num_heads=2, d_ff=24, num_layers=1, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(config).eval()
+    tuned = noisy(model, ["shared", "SelfAttention.q"], rank=2)
+    for part, name in ((model, "base"), (tuned, "tuned")):
+        part.save_pretrained(tmp_path / name)
+    base, moved = Checkpoint.open(tmp_path / "base"), Checkpoint.open(tmp_path / "tuned")
+    extract_lora(base, moved, tmp_path / "out", rank="rank=2")
+    stored = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert sum(name.endswith("lora_embedding_A") for name in stored) >= 2
+    ids = torch.randint(0, 40, (2, 5))
+    loads(model, tmp_path / "out", TaskVector.between(base, moved), {"input_ids": ids, "decoder_input_ids": ids})
+
+
+def test_names_in_memory_are_written_where_the_disk_has_others(tmp_path, loads, logits):
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    model = ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4)).eval()
+    tuned = noisy(model, ["q_proj.weight", "o_proj.weight", "fc1.weight", "fc2.weight"], rank=2)
+    for part, name in ((model, "base"), (tuned, "tuned")):
+        part.save_pretrained(tmp_path / name)
+    extract_lora(
+        Checkpoint.open(tmp_path / "base"), Checkpoint.open(tmp_path / "tuned"), tmp_path / "out", rank="rank=2"
+    )
+    images = {"pixel_values": torch.randn(2, 3, 8, 8)}
+    loads(model, tmp_path / "out", TaskVector.between(in_memory(model), in_memory(tuned)), images)
+
+
 def test_names_on_disk_without_their_prefix_become_live_paths(gpt2, tokens, tmp_path, loads):
     # gpt2 on the hub has `h.0.attn.c_attn.weight`, PEFT's keys want `transformer.h.0.attn.c_attn`
     from safetensors.torch import save_file
