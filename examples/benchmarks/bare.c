@@ -1,7 +1,8 @@
 /* The three passes of PCB as bare loops: read the tiles, compute what PCB computes of each entry, keep nothing else.
  *
- * No brackets, no digests, no norms, no checks, no engine: what `cpu.py --passes` holds the engine's passes against. The
- * compiler vectorises exp and tanh by itself (-Ofast: within 4 units in the last place, the library's are within 2).
+ * Norms are found in the first pass, as there. No brackets, no digests, no checks, no engine: what `cpu.py --passes`
+ * holds the engine's passes against. The compiler vectorises exp and tanh by itself (-Ofast: within 4 units in the last
+ * place, the library's are within 2).
  *
  *     bare LIST PASS THREADS OUT|-
  *
@@ -34,7 +35,8 @@ static void widen(const uint16_t *restrict raw, int count, float *restrict to) {
     for (int i = 0; i < count; i++) bits[i] = (uint32_t)raw[i] << 16;
 }
 
-static void piece(uint16_t *const *raw, int64_t from, int count, uint16_t *restrict to, int64_t *under, float *most) {
+static void piece(uint16_t *const *raw, int64_t from, int count, uint16_t *restrict to, int64_t *under, float *most,
+                  double *norms) {
     float base[BLOCK], sum[BLOCK], total[BLOCK], share[BLOCK], row[MOST][BLOCK];
     const int tasks = sources - 1;
     widen(raw[0] + from, count, base);
@@ -45,13 +47,14 @@ static void piece(uint16_t *const *raw, int64_t from, int count, uint16_t *restr
     if (pass == 1) {
         for (int t = 0; t < tasks; t++) {
             int few = 0;
-            float found = most[t], l = low[t], h = high[t];
+            float found = most[t], l = low[t], h = high[t], norm = 0;
             for (int i = 0; i < count; i++) {
                 float size = fabsf(row[t][i]);
+                norm += size * size;
                 few += (size < l) + (size < h);
                 found = size > found ? size : found;
             }
-            *under += few, most[t] = found;
+            *under += few, most[t] = found, norms[t] += norm;
         }
         return;
     }
@@ -91,6 +94,7 @@ static void piece(uint16_t *const *raw, int64_t from, int count, uint16_t *restr
 static void *work(void *unused) {
     uint16_t *raw[MOST], *to = malloc(2 * SEGMENT);
     float most[MOST] = {0};
+    double norms[MOST] = {0};
     int64_t under = 0;
     (void)unused;
     for (int s = 0; s < sources; s++) raw[s] = malloc(2 * PIECE);
@@ -103,13 +107,13 @@ static void *work(void *unused) {
                 if (pread(files[where[tensor][s]], raw[s], 2 * count, extents[tensor][s] + 2 * i) != 2 * count) abort();
             for (int64_t j = 0; j < count; j += BLOCK) {
                 const int many = (int)(count - j < BLOCK ? count - j : BLOCK);
-                piece(raw, j, many, to + (i - start + j), &under, most);
+                piece(raw, j, many, to + (i - start + j), &under, most, norms);
             }
         }
         if (out >= 0 && pwrite(out, to, 2 * (stop - start), 2 * (before[tensor] + start)) < 0) abort();
     }
     atomic_fetch_add(&below, under);
-    for (int t = 0; t + 1 < sources; t++) largest[t] = most[t]; /* that of one thread: kept so that nothing is left out */
+    for (int t = 0; t + 1 < sources; t++) largest[t] = most[t] + (float)norms[t]; /* one thread's: so that nothing is left out */
     return NULL;
 }
 
