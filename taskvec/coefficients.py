@@ -28,6 +28,7 @@ from taskvec.errors import (
 )
 
 FORMAT = "taskvec.coefficients"
+MOST_PARTS = 1 << 16  # of a tensor, each with a coefficient of its own
 VERSION = 1
 
 
@@ -73,8 +74,8 @@ def partition_index(
         seed: saved in the coefficients file.
         parts: K in the paper, 1 to 65,536.
     """
-    if not 1 <= parts <= 1 << 16:
-        raise UsageError(f"partitions: {parts} parts; expected 1 to 65536.")
+    if not 1 <= parts <= MOST_PARTS:
+        raise UsageError(f"partitions: {parts} parts; expected 1 to {MOST_PARTS}.")
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8, person=b"taskvec-part").digest()
     key = int.from_bytes(digest, "little", signed=True)
     state = torch.arange(start + 1, stop + 1, dtype=torch.int64, device=device) * _GOLDEN + key

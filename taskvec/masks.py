@@ -24,6 +24,7 @@ from taskvec.errors import (
     UsageError,
     did_you_mean,
 )
+from taskvec.precision import dtype_named, rounded
 from taskvec.source import TensorInfo
 
 FORMAT = "taskvec.masks"
@@ -181,7 +182,7 @@ def save_masks(
 
     Raises:
         NonFiniteError: a weight is NaN or infinite.
-        OutputError: the file cannot be written.
+        OutputError: the file cannot be written, or a weight does not fit float16.
     """
     from safetensors.torch import save_file
 
@@ -201,7 +202,7 @@ def save_masks(
             stored[name] = torch.from_numpy(bits)
             packed[name] = (list(values.shape), top)
         else:
-            stored[name] = values.to(torch.float16 if dtype == "float16" else torch.float32).contiguous()
+            stored[name] = rounded(values, dtype_named(dtype), where=name)[0].contiguous()
     header = {
         "version": VERSION,
         "packed": packed,

@@ -22,7 +22,7 @@ from merging.learn.bank import CHUNK, Bank, BankDtype, GivenDeltas, Place
 from merging.learn.factored import Probes
 from merging.learn.inplace import InPlace, PullBack
 from taskvec.blocks import layer_key
-from taskvec.coefficients import Coefficients, Region, column_names, partition_index
+from taskvec.coefficients import MOST_PARTS, Coefficients, Region, column_names, partition_index
 from taskvec.errors import LearningError, MismatchError, Problems, UsageError, did_you_mean, shortened
 from taskvec.precision import compute_dtype
 
@@ -622,8 +622,11 @@ class Composition:
                     problems.add(f"{name}: not a floating parameter of the model." + did_you_mean(name, shapes))
                 elif tuple(index.shape) != shapes[name]:
                     problems.add(f"{name}: partition of shape {list(index.shape)}, the model has {list(shapes[name])}.")
-                elif index.is_floating_point() or (index.numel() and int(index.min()) < 0):
+                elif index.is_floating_point():
                     problems.add(f"{name}: a partition holds whole numbers from 0; got {index.dtype}.")
+                elif index.numel() and not 0 <= int(index.min()) <= int(index.max()) < MOST_PARTS:
+                    found = f"{int(index.min())} to {int(index.max())}"
+                    problems.add(f"{name}: a partition holds whole numbers from 0 to {MOST_PARTS - 1}; got {found}.")
             problems.raise_if_any(MismatchError)
             if not partitions:
                 raise UsageError("partitions: the mapping is empty; expected tensor names with their parts.")

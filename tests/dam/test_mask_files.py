@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from taskvec.errors import CorruptFileError, MissingTensorError, NonFiniteError, NotFoundError
+from taskvec.errors import CorruptFileError, MissingTensorError, NonFiniteError, NotFoundError, OutputError
 from taskvec.masks import Masks, save_masks
 
 
@@ -71,3 +71,12 @@ def test_missing_and_broken_masks_are_named(tmp_path):
         Masks.load(tmp_path / "m.safetensors").read_flat("layer.wieght", 0, 1)
     with pytest.raises(NonFiniteError, match="w: the mask holds"):
         save_masks(tmp_path / "n.safetensors", {"w": torch.tensor([float("nan")])})
+
+
+def test_a_weight_beyond_float16_is_not_stored_as_infinity(tmp_path):
+    mask = {"w": torch.tensor([1.0, 1e5])}
+    with pytest.raises(OutputError, match="w: 1 values do not fit float16"):
+        save_masks(tmp_path / "m.safetensors", mask)
+    assert not list(tmp_path.iterdir())
+    save_masks(tmp_path / "m.safetensors", mask, dtype="float32")
+    assert Masks.load(tmp_path / "m.safetensors").read("w")[1] == 1e5

@@ -534,3 +534,18 @@ def test_peft_adapters_compose_to_the_live_model_and_keep_their_factors(tmp_path
         second = composition.gradient(closure)[1]
         assert not made
         torch.testing.assert_close(second, first, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        (torch.full((2, 3), -1), "whole numbers from 0 to 65535; got -1 to -1"),
+        (torch.full((2, 3), 10**9), "whole numbers from 0 to 65535; got 1000000000 to 1000000000"),
+        (torch.zeros(2, 3), "whole numbers from 0; got torch.float32"),
+    ],
+    ids=str,
+)
+def test_partitions_are_small_whole_numbers(index, words):
+    model = torch.nn.Linear(3, 2)
+    with pytest.raises(MismatchError, match=words):
+        Composition(model, {"a": {"weight": torch.ones(2, 3)}}, partitions={"weight": index})
