@@ -155,6 +155,26 @@ def test_a_report_without_triggers_labels_or_curve_is_refused():
         security_report(tuned["a"], tuned["a"], tests={"a": (images, labels)}, triggers={"b": trigger}, **common)
 
 
+def test_a_report_is_kept_as_json_with_null_for_rates_that_do_not_exist(tmp_path):
+    base = Threshold()
+    kept = base.weight.detach().clone()
+    report = security_report(
+        {"weight": kept},
+        {},
+        tests={"a": (torch.zeros(2, 1, 3, 3), torch.tensor([1, 1]))},
+        triggers={"a": Trigger(lambda x: x, 1)},
+        heads={"a": lambda x: x},
+        base=base,
+        models={"a": {"weight": kept + 1}},
+        lambdas=[0.5],
+    )
+    report.save_json(tmp_path / "report.json")
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found["rows"]["before"]["accuracy"]["a"]["total"] == 2
+    assert found["rows"]["before"]["success"]["a"] == {"count": 0, "total": 0, "rate": None, "interval": [None, None]}
+    assert list(found["plain_merge_curve"]) == ["0.5"]
+
+
 @pytest.mark.parametrize(
     ("changes", "kind", "words"),
     [
