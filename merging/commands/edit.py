@@ -341,10 +341,14 @@ def _load(model: str, dtype: str | None, device: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from merging.learn.atlas import device_named
+    from taskvec.checkpoint import Checkpoint
     from taskvec.errors import NotAModelError, NotFoundError
     from taskvec.precision import dtype_named
 
     place = device_named(device)
+    if not Path(model).exists():
+        # our own way to the hub says at once what is wrong; transformers tries five times for each of its files
+        model = str(getattr(Checkpoint.open(model), "path", model))
     if Path(model).exists() and not (Path(model) / "config.json").is_file():
         raise NotAModelError(f"{model}: no config.json; a folder that transformers can load is needed to edit a model.")
     try:

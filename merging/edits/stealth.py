@@ -134,9 +134,12 @@ def read_requests(path: str | PathLike[str], *, need_target: bool = True) -> lis
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            try:
+                value = json.loads(line)
+            except ValueError as error:
+                raise DataError(f'not JSON ({error}). A line is {{"prompt": "…", "target": "…"}}.') from error
             if not isinstance(value, Mapping):
-                raise DataError("not an object.")
+                raise DataError('not an object. A line is {"prompt": "…", "target": "…"}.')
             if not need_target:
                 value = {"target": "", **value}
             for key in ("prompt", "target"):
@@ -262,11 +265,16 @@ def prepared(model: nn.Module, tokenizer: Any, requests: Sequence[Request], *, c
     longest = context_length(model)
     size = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
     made = []
-    for request in requests:
+    for number, request in enumerate(requests, 1):
         sequences = []
         for prompt in (request.prompt, *request.paraphrases):
-            ids = prompt_ids(tokenizer, prompt, chat=chat)
-            sequence = Sequence_(ids, target_ids(tokenizer, request.target, after=prompt, chat=chat))
+            try:
+                ids = prompt_ids(tokenizer, prompt, chat=chat)
+                sequence = Sequence_(ids, target_ids(tokenizer, request.target, after=prompt, chat=chat))
+            except EditError as error:
+                if len(requests) == 1:
+                    raise
+                raise EditError(f"edit {number} of {len(requests)}, {_short(prompt)}: {error}") from error
             total = len(sequence.prompt) + len(sequence.target)
             if longest is not None and total > longest:
                 raise EditError(

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from merging.commands import main
 from merging.edits import JetPack, Request, apply_edits, check, edit_in_place, edit_widen
 from merging.edits.optimise import Optimisation
-from taskvec.errors import BaseMismatchError, EditError
+from taskvec.errors import BaseMismatchError, DataError, EditError
 
 FEW = Optimisation(steps=40)
 GOOD = {"prompt": "w11 w12 w13", "target": "w7"}
@@ -266,3 +266,18 @@ def test_edits_in_several_layers_are_checked_together(folder, say, tmp_path):
     # the detector of either layer is seen, and its own prompt continues differently
     assert report["fired"] >= 1
     assert "w21 w22 w23" in report["changed_prompts"]
+
+
+def test_among_several_edits_the_one_that_does_not_fit_is_named(llama, corpus):
+
+    with pytest.raises(EditError, match=r"edit 2 of 2, '3 4 5': target: empty"):
+        edit_widen(llama, [((11, 12, 13), (7,)), ((3, 4, 5), ())], layer=1, corpus=corpus)
+
+
+def test_a_line_that_is_no_json_is_named_and_says_what_a_line_is(tmp_path):
+    from merging.edits.stealth import read_requests
+
+    file = tmp_path / "edits.jsonl"
+    file.write_text('{"prompt": "a", "target": "b"}\nw1 w2\n[1]\n')
+    with pytest.raises(DataError, match=r"line 2: not JSON .*\n.*line 3: not an object. A line is"):
+        read_requests(file)
