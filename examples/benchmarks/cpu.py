@@ -334,7 +334,7 @@ _IN_MEMORY = """
 import sys, time, resource, torch
 sys.path.insert(0, {here!r})
 torch.manual_seed(0)
-stack = torch.randn({tasks}, {numel}) * 1e-3
+stack = torch.randn({tasks}, {numel}).mul_(1e-3)
 base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 if {which!r} == "ours":
     from merging import merge_stacks
