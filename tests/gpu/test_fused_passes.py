@@ -143,7 +143,9 @@ def test_pcb_scores_and_merges_are_the_equations(fused, stacks, size, coarse):
     merged = {name: torch.full(shape, torch.nan, device=HERE) for name, shape in SHAPES.items()}
     assert fused.Resident(entries(fused, stacks)).merge(Formula("pcb", told), merged)
     least, reach = (torch.tensor(values, dtype=torch.float64)[:, None] for values in (cut, top))
-    shares = (scores - least).clamp(min=0) / (reach - least).clamp(min=1e-300) * (reach > least)
+    above = scores - least
+    above[above < 3e-6 * scores.abs()] = 0.0  # many are the threshold itself, which was found in float32
+    shares = above / (reach - least).clamp(min=1e-300) * (reach > least)
     ends = (torch.tensor(numbers[end], dtype=torch.float64)[:, None] for end in ("low", "high"))
     clipped = flat.double().cpu().abs().clamp(*ends) * flat.double().cpu().sign()
     wanted = (torch.tensor(WEIGHTS, dtype=torch.float64)[:, None] * clipped * shares).sum(0) / shares.sum(0).clamp(
