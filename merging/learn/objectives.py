@@ -120,6 +120,19 @@ def check_labels(labels: Tensor, classes: int, where: str = "") -> None:
         )
 
 
+def _class_numbers(labels: Tensor, logits: Tensor, name: str) -> Tensor:
+    """The labels on the logits' device, refused where they are not one class number of the head for each prediction."""
+    shape = logits.shape[:-1]
+    if labels.is_floating_point() or labels.shape != shape:
+        raise DataError(
+            f"{name}: labels of shape {list(labels.shape)} and {labels.dtype} for {list(shape)} predictions; expected one "
+            "whole class number each."
+        )
+    labels = labels.to(logits.device, torch.long)
+    check_labels(labels, logits.shape[-1], name)
+    return labels
+
+
 def _labels_of(batch: Batch, name: str) -> tuple[Any, Tensor]:
     inputs, labels = split(batch)
     if labels is None:
@@ -198,13 +211,12 @@ class Supervised(_Headed):
             else:
                 yield Term(self.name, found.sum(), float(found.numel()))
             return
-        labels = labels.to(output.device)
         _one_prediction_each(output, self.name)
-        if not labels.is_floating_point():
-            check_labels(labels, output.shape[-1], self.name)
+        if not labels.is_floating_point() or labels.shape != output.shape:  # else probabilities of the classes
+            labels = _class_numbers(labels, output, self.name)
             count: Tensor | float = (labels != -100).sum() if bool((labels == -100).any()) else float(labels.numel())
         else:
-            count = float(labels.shape[0])
+            labels, count = labels.to(output.device), float(labels.shape[0])
         yield Term(self.name, functional.cross_entropy(_wide(output), labels, reduction="sum"), count)
 
 
@@ -538,8 +550,7 @@ def accuracy(
         for batch in batches:
             inputs, labels = _labels_of(moved(batch, device), "accuracy")
             logits = scorer.logits(model, inputs)
-            labels = labels.to(logits.device)
-            check_labels(labels, logits.shape[-1], "accuracy")
+            labels = _class_numbers(labels, logits, "accuracy")
             kept = labels != -100
             right += int(((logits.argmax(-1) == labels) & kept).sum())
             count += int(kept.sum())

@@ -400,6 +400,16 @@ def test_a_loss_that_is_nan_ends_the_run_by_name():
             DataError,
             "labels 7 are outside the head, which has 3",
         ),
+        (
+            {"batches": [(torch.zeros(2, 4), torch.tensor([[1], [0]]))]},
+            DataError,
+            r"labels of shape \[2, 1\] and torch.int64 for \[2\] predictions",
+        ),
+        (
+            {"batches": [(torch.zeros(2, 4), torch.tensor([1.0, 0.0]))]},
+            DataError,
+            "and torch.float32 for .* expected one whole class number each",
+        ),
         ({"evaluate": lambda model: float("nan")}, LearningError, "evaluate returned"),
         ({"frozen": torch.ones(2, 4, dtype=torch.bool)}, UsageError, "every coefficient is frozen"),
         ({"frozen": torch.ones(2, 3, dtype=torch.bool)}, UsageError, r"frozen: torch.bool of shape \[2, 3\]"),
@@ -439,3 +449,17 @@ def test_mixed_precision_learns_nearly_the_same(precision):
     run = fit(mixed, Supervised(), data(), precision=precision)
     assert all("loss" in record for record in run.history)
     assert float((exact.coefficients - mixed.coefficients).norm() / exact.coefficients.norm()) < 0.1
+
+
+def test_accuracy_counts_one_label_for_each_prediction():
+    from merging.learn.objectives import accuracy
+
+    model = torch.nn.Linear(4, 3)
+    with torch.no_grad():
+        model.weight.zero_()
+        model.bias.copy_(torch.tensor([0.0, 1.0, 0.0]))
+    inputs = torch.zeros(4, 4)
+    for kind in (torch.int64, torch.int32, torch.uint8):
+        assert accuracy(model, [(inputs, torch.tensor([1, 1, 0, 2], dtype=kind))]) == 0.5
+    with pytest.raises(DataError, match=r"accuracy: labels of shape \[4, 1\]"):
+        accuracy(model, [(inputs, torch.tensor([[1], [1], [0], [2]]))])
