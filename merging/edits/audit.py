@@ -31,6 +31,7 @@ from taskvec.checkpoint import Checkpoint
 from taskvec.errors import DataError, MismatchError, NonFiniteError, NotAModelError, shortened
 from taskvec.precision import all_finite, is_float
 from taskvec.source import TensorSource
+from taskvec.vector import is_task_vector
 
 if TYPE_CHECKING:
     from merging.edits.edit import Edit
@@ -503,6 +504,11 @@ def _opened(model: Any) -> tuple[TensorSource, Mapping[str, object]]:
         source: TensorSource = model
     else:
         source = Checkpoint.open(model)
+    if is_task_vector(source):
+        raise NotAModelError(
+            f"{source.label}: this is a task vector, the difference of two models; an audit looks at a model. Apply it to its base "
+            "first (`taskvec apply`), and audit the result with --base."
+        )
     config = getattr(source, "config", None)
     if isinstance(model, nn.Module):
         to_dict = getattr(getattr(model, "config", None), "to_dict", None)

@@ -34,6 +34,7 @@ from taskvec.errors import (
     UsageError,
 )
 from taskvec.source import in_memory
+from taskvec.vector import TaskVector
 
 State = dict[str, Tensor]
 TEXT = torch.randint(3, 89, (24, 48), generator=torch.Generator().manual_seed(9))
@@ -506,3 +507,13 @@ def test_a_damaged_checkpoint_is_read_in_pieces_and_the_command_says_so(
     assert "DAMAGED lm_head.weight: 1 NaN of 2,848 values" in result.stdout
     assert "the checkpoint is damaged" in result.stdout
     assert CliRunner().invoke(command, [str(tmp_path / "model"), "--strict"]).exit_code == 1
+
+
+def test_a_task_vector_is_no_model_to_look_at(tmp_path: Path, tiny_model: Callable[..., Any]) -> None:
+    base, tuned = tiny_model("llama"), tiny_model("llama")
+    with torch.no_grad():
+        tuned.lm_head.weight[0, 0] += 1.0
+    stored = tmp_path / "delta.safetensors"
+    TaskVector.between(base, tuned).save(stored)
+    with pytest.raises(NotAModelError, match="this is a task vector"):
+        audit(stored)
