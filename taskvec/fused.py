@@ -125,7 +125,8 @@ class Resident:
 
     def __init__(self, entries: Sequence[Entry]):
         rows = entries[0].rows
-        self.tasks = rows.shape[0] if isinstance(rows, Tensor) else len(rows)  # len of a tensor costs as much as a launch
+        # the length of a tensor costs as much as a launch
+        self.tasks = rows.shape[0] if isinstance(rows, Tensor) else len(rows)
         self.device = rows.device if isinstance(rows, Tensor) else rows[0].device
         self.numel = sum(entry.numel for entry in entries)
         self._examined = False
