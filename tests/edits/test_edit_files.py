@@ -287,7 +287,7 @@ def test_the_commands_edit_a_cast_of_the_model(worded, tmp_path):
     ("lines", "message"),
     [
         ("", "holds no edits"),
-        ("nonsense\n", "line 1: Expecting value"),
+        ("nonsense\n", "line 1: not JSON"),
         ('{"prompt": "a"}\n', "line 1: 'target' is missing"),
         (
             '{"prompt": "a", "target": "b"}\n{"promt": "a", "target": "b"}\n',
