@@ -535,12 +535,7 @@ class _Sweep:
             for tile in tiles:
                 self._finish_tile(tile)
             return
-        for stage, kernel in self._chain:
-            several = _several(kernel)
-            results = [kernel(tile) for tile in tiles] if several is None else several(tiles)
-            as_stack = stage.role == "preprocess"
-            tiles = [t.with_stack(r) if as_stack else t.with_merged(r) for t, r in zip(tiles, results)]
-        for tile in tiles:
+        for tile in self._all_through(tiles):
             self.sink(tile)
 
     def _segments(self) -> list[tuple[str, int, int]]:
@@ -925,12 +920,16 @@ class _Sweep:
                 raise NonFiniteError(tile.name, f"task {task!r}", bad)
 
     def _through(self, tile: Tile) -> Tile:
+        return self._all_through([tile])[0]
+
+    def _all_through(self, tiles: list[Tile]) -> list[Tile]:
+        """All stages on tiles of one shape, together where a kernel can."""
         for stage, kernel in self._chain:
-            if stage.role == "preprocess":
-                tile = tile.with_stack(kernel(tile))
-            else:
-                tile = tile.with_merged(kernel(tile))
-        return tile
+            several = _several(kernel) if len(tiles) > 1 else None
+            results = [kernel(tile) for tile in tiles] if several is None else several(tiles)
+            as_stack = stage.role == "preprocess"
+            tiles = [t.with_stack(r) if as_stack else t.with_merged(r) for t, r in zip(tiles, results)]
+        return tiles
 
     def _finish_tile(self, tile: Tile) -> None:
         if tile.name not in self.skip:

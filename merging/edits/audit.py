@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from merging.edits.layouts import Layout, Mlp, Part, mlp_layout
-from taskvec.checkpoint import Checkpoint
+from taskvec.checkpoint import as_source
 from taskvec.errors import DataError, MismatchError, NonFiniteError, NotAModelError, shortened
 from taskvec.precision import all_finite, is_float
 from taskvec.source import TensorSource
@@ -500,10 +500,7 @@ def audit(
 
 
 def _opened(model: Any) -> tuple[TensorSource, Mapping[str, object]]:
-    if isinstance(model, TensorSource):
-        source: TensorSource = model
-    else:
-        source = Checkpoint.open(model)
+    source = as_source(model)
     if is_task_vector(source):
         raise NotAModelError(
             f"{source.label}: this is a task vector, the difference of two models; an audit looks at a model. Apply it to its base "

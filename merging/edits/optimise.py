@@ -394,11 +394,11 @@ class Tail:
 
 
 @contextmanager
-def _shortcut(layer: nn.Module, hidden: Tensor | Callable[[], Tensor | None] | None, as_tuple: bool) -> Iterator[None]:
+def _shortcut(layer: nn.Module, hidden: Callable[[], Tensor | None], as_tuple: bool) -> Iterator[None]:
     """A layer that gives what it gave before instead of computing it."""
 
     def forward(*_: Any, **__: Any) -> Any:
-        value = hidden() if callable(hidden) else hidden
+        value = hidden()
         return (value,) if as_tuple else value
 
     layer.forward = forward
