@@ -62,7 +62,7 @@ class Rows:
                 where = torch.tensor([place for i in chosen for place in self.places[i]])
                 with ExitStack() as stack:
                     for index in range(self.site.layer):
-                        stack.enter_context(_shortcut(layers[index], whole, False))
+                        stack.enter_context(_shortcut(layers[index], lambda whole=whole: whole, False))
                     handle = model.lm_head.register_forward_pre_hook(
                         lambda _, args, to=(at, where): (args[0][to][None],)
                     )
