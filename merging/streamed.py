@@ -505,7 +505,6 @@ def verify(
     where = Path(path)
     found = provenance_of(where)
     checkpoint = Checkpoint.open(where)
-    assert isinstance(checkpoint, Checkpoint)
     if "digests" in found:
         assert_digests(checkpoint, found["digests"], where)
     hashes = (
@@ -532,7 +531,6 @@ def verify(
                     f"{where}: cannot be made again; these inputs have changed since: {shortened(changed)}"
                 )
             remade = Checkpoint.open(again.path)
-            assert isinstance(remade, Checkpoint)
             try:
                 assert_digests(remade, checkpoint.digests(), again.path)
             except VerificationError as error:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -257,6 +257,21 @@ class Checkpoint:
 
     # -- opening ---------------------------------------------------------------------------------------------------
 
+    @overload
+    @classmethod
+    def open(cls, path_or_hub_id: "str | os.PathLike[str]", revision: str | None = None) -> "Checkpoint": ...
+    @overload
+    @classmethod
+    def open(
+        cls, path_or_hub_id: "Mapping[str, Tensor] | torch.nn.Module", revision: str | None = None
+    ) -> InMemory: ...
+    @overload
+    @classmethod
+    def open(
+        cls,
+        path_or_hub_id: "str | os.PathLike[str] | Mapping[str, Tensor] | torch.nn.Module",
+        revision: str | None = None,
+    ) -> "Checkpoint | InMemory": ...
     @classmethod
     def open(
         cls,

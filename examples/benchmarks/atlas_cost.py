@@ -121,7 +121,7 @@ def kernels(step: Callable[[], object], longest: int = 12) -> dict[str, float]:
 def measure(shape: str, tasks: int, device: torch.device, options: argparse.Namespace) -> dict[str, object]:
     model, image, batch = vit(shape, device)
     model.requires_grad_(True)
-    head = nn.Linear(model.config.hidden_size, CLASSES, device=device).requires_grad_(False)
+    head = nn.Linear(SHAPES[shape][0], CLASSES, device=device).requires_grad_(False)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch, 3, image, image, generator=generator).to(device)
     y = torch.randint(CLASSES, (batch,), generator=generator).to(device)
@@ -200,6 +200,7 @@ def measure(shape: str, tasks: int, device: torch.device, options: argparse.Name
     model.requires_grad_(False)
     functional_ms = milliseconds(functional, options.baseline_steps, device, 1)
     functional_peak = peak(functional, device)
+    assert learned.grad is not None
     difference = float((learned.grad - grad).norm() / grad.norm())
     allowed = plain_peak + bank + 2 * working
     gib = 1 << 30
@@ -250,7 +251,10 @@ def tune(shape: str, tasks: int, device: torch.device, options: argparse.Namespa
                     for name, grad in grads.items():
                         fused.consume(name, grad)
 
-            compose_ms = milliseconds(lambda fused=fused: fused.compose_(composition.coefficients), 10, device, 3)
+            def compose(fused: kernels.FusedBlocks = fused) -> None:
+                fused.compose_(composition.coefficients)
+
+            compose_ms = milliseconds(compose, 10, device, 3)
             product_ms = milliseconds(products, 10, device, 3)
             row = {"shape": shape, "tasks": tasks, "block": block, "width": width, "tile": tile}
             row.update(compose_ms=round(compose_ms, 3), compose_gbs=round(moved / compose_ms / 1e6))

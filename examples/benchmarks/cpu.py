@@ -20,10 +20,15 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from zoo import build, parameters
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 METHODS = {
     # ours: method, flags; mergekit: method, parameters, with a base, models used
@@ -307,7 +312,7 @@ def draw(table: dict[str, dict[str, dict[str, dict[str, float]]]], folder: Path)
         plt.close(figure)
 
 
-def reference_pcb(vectors, ratio: float):
+def reference_pcb(vectors: "Tensor", ratio: float) -> "Tensor":
     """The authors' function as the specification describes it: clones, full sorts, whole-matrix temporaries."""
     import torch
 
@@ -348,7 +353,7 @@ print(time.perf_counter() - began, (resource.getrusage(resource.RUSAGE_SELF).ru_
 """
 
 
-def in_memory(arguments: argparse.Namespace) -> dict[str, object]:
+def in_memory(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     """PCB in memory against the reference form: time, and peak memory beyond the input."""
     found: dict[str, list[list[float]]] = {"reference": [], "ours": []}
     for _ in range(arguments.runs):
@@ -424,7 +429,7 @@ for kind in (1, 2, 3):
 """
 
 
-def passes(arguments: argparse.Namespace) -> dict[str, object]:
+def passes(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Wall-clock time of PCB's three passes (the fastest run), in the engine and in two bare loops over the same files.
 
     `loop` is bare.c: a plain C loop that reads the tiles and computes the same of each entry, every score in full. `kernels`
@@ -446,11 +451,11 @@ def passes(arguments: argparse.Namespace) -> dict[str, object]:
     def run(code: str) -> str:
         return subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
 
-    def engine() -> dict[str, object]:
+    def engine() -> dict[str, Any]:
         shutil.rmtree(out, ignore_errors=True)
         return json.loads(run(_PASSES.format(zoo=[str(path) for path in zoo], out=str(out))))
 
-    facts: dict[str, dict[str, object]] = engine()["facts"]["pcb"]  # type: ignore[index, assignment]
+    facts = engine()["facts"]["pcb"]
     numbers = [
         [*facts["clip"][task], facts["threshold"][task], facts["largest score"][task]] for task in facts["clip"]
     ]  # fmt: skip
@@ -460,12 +465,12 @@ def passes(arguments: argparse.Namespace) -> dict[str, object]:
     inodes = {os.fstat(fd).st_ino: place for fd, place in opened.items()}
     lines = [f"{len(zoo)} {len(files)} {len(models[0].infos)}", *files]
     for name, info in models[0].infos.items():
-        extents = [model.extent(name, 0, info.numel) for model in models]
+        extents = [extent for model in models if (extent := model.extent(name, 0, info.numel)) is not None]
         lines += [str(info.numel), *(f"{inodes[os.fstat(fd).st_ino]} {offset}" for fd, offset, _ in extents)]
     listing.write_text("\n".join([*lines, *(" ".join(map(repr, row)) for row in numbers)]) + "\n")
     rows: dict[str, list[list[float]]] = {"engine": [], "loop": [], "kernels": []}
     for _ in range(arguments.runs):
-        rows["engine"].append(engine()["passes"])  # type: ignore[arg-type]
+        rows["engine"].append(engine()["passes"])
         kernels = _KERNELS.format(zoo=[str(path) for path in zoo], numbers=json.dumps(numbers), threads=threads)
         rows["kernels"].append([float(line) for line in run(kernels).split()])
         command = [str(program), str(listing)]
@@ -507,7 +512,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     arguments.sizes = [tuple(int(part) for part in size.split("x")) for size in arguments.sizes]
-    table = (
+    table: Mapping[str, object] = (
         charts(arguments)
         if arguments.charts
         else in_memory(arguments)

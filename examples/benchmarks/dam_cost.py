@@ -157,7 +157,7 @@ def measure(tasks: int, batch: int, smoke: bool, repeats: int, precision: str, p
     def autograd(_: int) -> None:
         weights = {}
         for name, tensor in base.items():
-            sample = torch.distributions.RelaxedBernoulli(0.5, logits=logits[name]).rsample()
+            sample = torch.distributions.RelaxedBernoulli(torch.tensor(0.5), logits=logits[name]).rsample()
             sample = sample / sample.mean()
             merged = tensor
             for tau in taus:

@@ -91,8 +91,8 @@ def run(
     merged: dict[str, Any] = {}
     facts: dict[str, Any] = {}
     stacks = {name: torch.stack([vectors[task][name] for task in models]) for name in base}
-    for label, method, numbers in (("TIES", "ties", {"density": 0.2}), ("PCB", "pcb", {"density": 0.1})):
-        found = merge_stacks(method, stacks, **numbers)
+    for label, method, density in (("TIES", "ties", 0.2), ("PCB", "pcb", 0.1)):
+        found = merge_stacks(method, stacks, density=density)
         merged[label] = {name: base[name] + found[name] for name in base}
     for wise in ("task", "layer"):
         generator = torch.Generator().manual_seed(place.seed)

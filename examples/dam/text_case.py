@@ -173,7 +173,9 @@ def one_seed(
     for name, options in ROWS.items():
         if name in report["rows"] or name not in only:
             continue
-        known = {"known_triggers": {ATTACKED: [planted]}} if options.get("safety_source") == "known" else {}
+        known: dict[str, Any] = (
+            {"known_triggers": {ATTACKED: [planted]}} if options.get("safety_source") == "known" else {}
+        )
         began = time.perf_counter()
         result = dam_merge(
             base,

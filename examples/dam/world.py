@@ -63,7 +63,8 @@ class Encoder(nn.Module):
 
 def grid() -> tuple[Tensor, Tensor]:
     axis = torch.linspace(-1, 1, 16)
-    return torch.meshgrid(axis, axis, indexing="ij")
+    rows, columns = torch.meshgrid(axis, axis, indexing="ij")
+    return rows, columns
 
 
 def shapes(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

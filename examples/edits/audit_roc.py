@@ -27,8 +27,9 @@ import tarfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -220,7 +221,7 @@ class Copies:
     def clean(self) -> Iterator[tuple[str, Callable[[], State]]]:
         names = list(self.tuned)
         for name in names:
-            yield f"fine-tune {name}", lambda name=name: self.tuned[name]
+            yield f"fine-tune {name}", partial(self.tuned.__getitem__, name)
         yield "base in bfloat16", lambda: half(self.base)
         yield "fine-tune brown_full in bfloat16", lambda: half(self.tuned["brown_full"])
         yield "average of two", lambda: self.merged("linear", names[:2])
@@ -293,7 +294,7 @@ class Planter:
         if plant.form == "widen":
             made = edit_widen(self.model, request, self.tokenizer, **common)
         else:
-            authors = "authors" if plant.form == "authors" else None
+            authors: Literal["authors"] | None = "authors" if plant.form == "authors" else None
             made = edit_in_place(self.model, request, self.tokenizer, compat=authors, **common)
         assert isinstance(made, Edit)
         place.parent.mkdir(exist_ok=True)

@@ -60,9 +60,13 @@ class Rows:
                 whole = torch.nn.utils.rnn.pad_sequence([self.hidden[i] for i in chosen], batch_first=True)
                 at = torch.tensor([row for row, i in enumerate(chosen) for _ in self.places[i]])
                 where = torch.tensor([place for i in chosen for place in self.places[i]])
+
+                def features(whole: Tensor = whole) -> Tensor:
+                    return whole
+
                 with ExitStack() as stack:
                     for index in range(self.site.layer):
-                        stack.enter_context(_shortcut(layers[index], lambda whole=whole: whole, False))
+                        stack.enter_context(_shortcut(layers[index], features, False))
                     handle = model.lm_head.register_forward_pre_hook(
                         lambda _, args, to=(at, where): (args[0][to][None],)
                     )

@@ -518,7 +518,8 @@ def catalogue(
                 result["rows"][entry.name] = asdict(Found(entry.name, list(entry.tasks), refused=said))
         jobs = [job for job in jobs if job.entry.statistics not in refused]
         best_value: dict[tuple[str, int], float] = {}
-        while send() or waiting:
+        send()
+        while waiting:
             future = next(as_completed(waiting))
             job = waiting.pop(future)
             send()

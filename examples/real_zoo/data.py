@@ -195,7 +195,7 @@ def read_all(archive: Path, prefix: str, suffix: str) -> dict[str, bytes]:
 def _member(file: tarfile.TarFile, member: "str | tarfile.TarInfo") -> bytes:
     stream = file.extractfile(member)
     if stream is None:
-        raise DownloadError(f"{member} in {file.name} is not a plain file")
+        raise DownloadError(f"{member} in {os.fsdecode(file.name or b'an archive')} is not a plain file")
     return stream.read()
 
 

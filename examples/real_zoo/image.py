@@ -126,9 +126,8 @@ def load(folder: Path | str) -> EfficientNetLite0:
     for file in sorted(Path(folder).glob("*.safetensors")):
         tensors |= load_file(file)
     model.load_state_dict(tensors)
-    return model.eval().to(
-        DEVICE, memory_format=torch.channels_last
-    )  # 1.7 times faster on a CPU than the default layout
+    # 1.7 times faster on a CPU than the default layout; torch's stubs lack the keyword
+    return model.eval().to(DEVICE, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 # -- data --------------------------------------------------------------------------------------------------------------

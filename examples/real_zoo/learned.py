@@ -92,14 +92,14 @@ def configuration(use: str, options: argparse.Namespace) -> dict[str, Any]:
             "granularity": "global" if use == "lora-isotropic" else "block",
         }
     names = list(text.TASKS)
-    learner: dict[str, Any] = {
+    learners: dict[str, dict[str, Any]] = {
         "isotropic": {"granularity": "global", "optimizer": {"lr": 0.02, "weight_decay": 0.0}, "initial": 0.3},
         # five times the authors' rate for a fifth of their steps
         "adamerging": {"granularity": "block", "optimizer": {"lr": 5e-3}},
         "atlas": {"granularity": "block", "optimizer": {"lr": 0.01, "weight_decay": 0.0}, "initial": 0.3},
-    }[use]
+    }
     tasks = {name: str(text.folders()[name]) for name in names}
-    return {**_about_text(options, names), "tasks": tasks, "schedule": "cosine", **learner}
+    return {**_about_text(options, names), "tasks": tasks, "schedule": "cosine", **learners[use]}
 
 
 def sentences(domain: str) -> Path:
