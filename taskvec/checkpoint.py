@@ -7,6 +7,7 @@ promise a header makes (offsets, lengths, names) is checked before a byte of ten
 """
 
 import json
+import math
 import os
 import re
 import stat
@@ -36,6 +37,7 @@ from taskvec.errors import (
 )
 from taskvec.source import InMemory, TensorInfo, TensorSource, in_memory, shared_storage
 
+MOST_ELEMENTS = (1 << 63) - 1  # torch counts in signed 64 bits, strides of empty tensors too
 HEADER_LIMIT = 100 << 20  # the safetensors library refuses longer headers too
 
 _DTYPES: dict[str, torch.dtype] = {
@@ -128,7 +130,7 @@ class _File:
             raise CorruptFileError(f"{self.path}: a header of {length} bytes is over the limit of {HEADER_LIMIT}.")
         try:
             header = json.loads(self._bytes(8, length), object_pairs_hook=self._unique)
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise CorruptFileError(f"{self.path}: the header is not JSON ({error}).") from error
         if not isinstance(header, dict):
             raise CorruptFileError(f"{self.path}: the header is not a JSON object.")
@@ -151,14 +153,18 @@ class _File:
 
     def _place(self, name: str, entry: Any, start: int, data: int) -> _Place:
         where = f"{self.path}: tensor {name!r}"
+        if any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise CorruptFileError(f"{where}: the name is no text (half a surrogate pair), so nothing could store it.")
         try:
             kind, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
         except (TypeError, KeyError, ValueError) as error:
             raise CorruptFileError(f"{where}: header entry without dtype, shape and two data_offsets.") from error
-        if kind not in _DTYPES:
+        if not isinstance(kind, str) or kind not in _DTYPES:
             raise SourceError(f"{where} has dtype {kind!r}, which cannot be read here. Known: {', '.join(_DTYPES)}.")
         if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in [*shape, first, last]):
             raise CorruptFileError(f"{where}: shape and offsets must be whole numbers, none negative.")
+        if math.prod(max(n, 1) for n in shape) > MOST_ELEMENTS:
+            raise CorruptFileError(f"{where}: no tensor has the shape {shape}.")
         info = TensorInfo(tuple(shape), _DTYPES[kind])
         if not first <= last <= data:
             raise CorruptFileError(

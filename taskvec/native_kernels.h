@@ -17,6 +17,10 @@ typedef __mmask16 NAME(lanes);
 #define COUNTING _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
 #define STEPPED(at) _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(at), _mm512_set1_epi32(LANES)))
 #define AS_FLOATS(x) _mm512_castsi512_ps(x)
+#define SIZE(x) _mm512_abs_ps(x)
+typedef __m512i NAME(tally);
+#define NO_TALLY _mm512_setzero_si512()
+#define TALLIED(sum, a, b, how) _mm512_mask_add_epi32(sum, COMPARED(a, b, how), sum, _mm512_set1_epi32(1))
 #else
 #define LANES 8
 #define V(x) _mm256_##x##_ps
@@ -30,6 +34,10 @@ typedef unsigned NAME(lanes);
 #define COUNTING _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)
 #define STEPPED(at) _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(at), _mm256_set1_epi32(LANES)))
 #define AS_FLOATS(x) _mm256_castsi256_ps(x)
+#define SIZE(x) _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x)
+typedef __m256i NAME(tally);
+#define NO_TALLY _mm256_setzero_si256()
+#define TALLIED(sum, a, b, how) _mm256_sub_epi32(sum, _mm256_castps_si256(_mm256_cmp_ps(a, b, how)))
 
 static inline __m256i NAME(places)(uint64_t bytes) { return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)bytes)); }
 #endif
@@ -66,9 +74,20 @@ static inline int NAME(all_finite)(const float *values, int count) {
     return largest < 0x7f800000u;
 }
 
+/* Sum of four vectors of sums. */
+static inline double NAME(added)(NAME(vector) one, NAME(vector) two, NAME(vector) three, NAME(vector) four) {
+    float lanes[LANES];
+    double total = 0;
+    V(storeu)(lanes, V(add)(V(add)(one, two), V(add)(three, four)));
+    for (int j = 0; j < LANES; j++) total += lanes[j];
+    return total;
+}
+
+/* Whether single precision held the sum of squares. */
+static inline int NAME(held)(double total) { return total > 1e-20 && total < 1e30; }
+
 /* Sum of squares: single precision over few elements a lane, double beyond and where single would not hold it. */
 static inline double NAME(squares)(const float *restrict values, int count) {
-    double total = 0;
     int i = 0;
     NAME(vector) one = V(setzero)(), two = one, three = one, four = one;
     for (; i + 4 * LANES <= count; i += 4 * LANES) {
@@ -77,11 +96,9 @@ static inline double NAME(squares)(const float *restrict values, int count) {
         one = V(fmadd)(a, a, one), two = V(fmadd)(b, b, two);
         three = V(fmadd)(c, c, three), four = V(fmadd)(d, d, four);
     }
-    float lanes[LANES];
-    V(storeu)(lanes, V(add)(V(add)(one, two), V(add)(three, four)));
-    for (int j = 0; j < LANES; j++) total += lanes[j];
+    double total = NAME(added)(one, two, three, four);
     for (; i < count; i++) total += (double)values[i] * values[i];
-    if (total > 1e-20 && total < 1e30) return total;
+    if (NAME(held)(total)) return total;
     double wide[8] = {0};
     for (i = 0; i + 8 <= count; i += 8)
         for (int j = 0; j < 8; j++) wide[j] += (double)values[i + j] * values[i + j];
@@ -108,6 +125,31 @@ static inline void NAME(row)(const tv_tile *tile, int task, int64_t at, int coun
         for (int i = 0; i < count; i++) to[i] = to[i] - base[i];
     else if (tile->relations[task] == PLUS_BASE)
         for (int i = 0; i < count; i++) to[i] = to[i] + base[i];
+}
+
+/* The magnitudes of one block of one row; returns the sum of their squares. */
+static inline double NAME(sizes)(const tv_tile *tile, int task, int64_t at, int count, const float *restrict base,
+                                 float *restrict to) {
+    if (tile->kinds[task] == BFLOAT16 && tile->relations[task] == LESS_BASE && tile->rows[task] &&
+        count % (4 * LANES) == 0) {
+        const uint16_t *raw = (const uint16_t *)tile->rows[task] + at;
+        NAME(vector) sums[4] = {V(setzero)(), V(setzero)(), V(setzero)(), V(setzero)()};
+        for (int i = 0; i < count; i += 4 * LANES)
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                const int k = i + j * LANES;
+                NAME(vector) x = V(sub)(WIDENED(raw + k), V(loadu)(base + k));
+                sums[j] = V(fmadd)(x, x, sums[j]);
+                V(storeu)(to + k, SIZE(x));
+            }
+        double total = NAME(added)(sums[0], sums[1], sums[2], sums[3]);
+        return NAME(held)(total) ? total : NAME(squares)(to, count);
+    }
+    NAME(row)(tile, task, at, count, base, to);
+    double total = NAME(squares)(to, count);
+    uint32_t *bits = (uint32_t *)to;
+    for (int i = 0; i < count; i++) bits[i] &= 0x7fffffffu;
+    return total;
 }
 
 static int NAME(load)(const tv_tile *tile, float *stack, int64_t stride, float *base, double *squares) {
@@ -149,13 +191,15 @@ static inline void NAME(count_one)(const float *restrict values, int count, int6
     int64_t reached = 0, equal = 0, kept = *held, ends[3] = {0};
     int i = 0;
     if (low == high) { /* nothing lies inside */
-        for (; i < count; i += LANES) {
+        NAME(tally) from = NO_TALLY, there = NO_TALLY;
+        for (; i + LANES <= count; i += LANES) {
             NAME(vector) x = V(loadu)(values + i);
-            NAME(lanes) from = COMPARED(x, l, _CMP_GE_OQ), there = COMPARED(x, l, _CMP_EQ_OQ);
-            if (count - i < LANES) from &= NAME(lanes_of)(count - i), there &= NAME(lanes_of)(count - i);
-            reached += __builtin_popcount(from);
-            equal += __builtin_popcount(there);
+            from = TALLIED(from, x, l, _CMP_GE_OQ), there = TALLIED(there, x, l, _CMP_EQ_OQ);
         }
+        int32_t lanes[2][LANES];
+        memcpy(lanes[0], &from, sizeof from), memcpy(lanes[1], &there, sizeof there);
+        for (int j = 0; j < LANES; j++) reached += lanes[0][j], equal += lanes[1][j];
+        for (; i < count; i++) reached += values[i] >= low, equal += values[i] == low;
         counts[0] += count - reached, counts[1] += equal, counts[2] += equal;
         return;
     }
@@ -301,30 +345,32 @@ static inline void NAME(variance)(float (*rows)[BLOCK], int tasks, int count, fl
     for (int i = 0; i < count; i++) result[i] /= many;
 }
 
-/* All rows of one block, and their squares. */
+/* All rows of one block, and their squares; with `sizes` their magnitudes. */
 static inline int NAME(block)(const tv_tile *tile, int64_t at, int count, float *base, float (*rows)[BLOCK],
-                              double *squares) {
+                              double *squares, int sizes) {
     int bad = 0;
     if (tile->base) {
         NAME(widen)(tile->base, tile->base_kind, at, count, base);
         if (squares) bad = !NAME(all_finite)(base, count);
     }
     for (int task = 0; task < tile->tasks; task++) {
-        NAME(row)(tile, task, at, count, base, rows[task]);
-        if (squares) squares[task * tile->chunks + at / CHUNK] += NAME(squares)(rows[task], count);
+        double sum = 0;
+        if (sizes) {
+            sum = NAME(sizes)(tile, task, at, count, base, rows[task]);
+        } else {
+            NAME(row)(tile, task, at, count, base, rows[task]);
+            if (squares) sum = NAME(squares)(rows[task], count);
+        }
+        if (squares) squares[task * tile->chunks + at / CHUNK] += sum;
     }
     return bad;
 }
 
-/* What order statistics are taken of, for one block; in place where each row gives one. Returns how many rows there are. */
+/* What order statistics are taken of, for one block; in place where each row gives one. Returns how many rows there are.
+   Magnitudes are what `block` makes of the rows. */
 static inline int NAME(values)(const tv_values *what, int tasks, int count, float (*rows)[BLOCK], float *total) {
     float score[BLOCK];
-    if (what->what == MAGNITUDE) {
-        for (int task = 0; task < tasks; task++) {
-            uint32_t *bits = (uint32_t *)rows[task];
-            for (int i = 0; i < count; i++) bits[i] &= 0x7fffffffu;
-        }
-    } else if (what->what == PCB_SCORE) {
+    if (what->what == PCB_SCORE) {
         NAME(sum)(rows, tasks, count, total);
         for (int task = 0; task < tasks; task++) {
             NAME(pcb_score)(rows[task], total, count, tasks, what->low[task], what->high[task], score);
@@ -373,7 +419,7 @@ static int NAME(count)(const tv_tile *tile, int64_t seen, const tv_values *what,
     int bad = 0;
     for (int64_t at = 0; at < tile->count; at += BLOCK) {
         int count = (int)(tile->count - at < BLOCK ? tile->count - at : BLOCK);
-        bad |= NAME(block)(tile, at, count, base, rows, squares);
+        bad |= NAME(block)(tile, at, count, base, rows, squares, what->what == MAGNITUDE);
         if (what->what == PCB_SCORE) {
             NAME(count_scores)(what, tile->tasks, wanted, count, seen + at, rows, total, low, high, counts, inside, room,
                                held);
@@ -394,7 +440,7 @@ static void NAME(list)(const tv_tile *tile, const tv_values *what, float *out) {
     float base[BLOCK], total[BLOCK], rows[MOST_TASKS][BLOCK];
     for (int64_t at = 0; at < tile->count; at += BLOCK) {
         int count = (int)(tile->count - at < BLOCK ? tile->count - at : BLOCK);
-        NAME(block)(tile, at, count, base, rows, 0);
+        NAME(block)(tile, at, count, base, rows, 0, what->what == MAGNITUDE);
         int kept = NAME(values)(what, tile->tasks, count, rows, total);
         for (int row = 0; row < kept; row++)
             memcpy(out + row * tile->count + at, rows[row], (size_t)count * sizeof(float));
@@ -501,7 +547,7 @@ static int NAME(gram)(const tv_tile *tile, int what, float least, double *produc
     int bad = 0;
     for (int64_t at = 0; at < tile->count; at += BLOCK) {
         int count = (int)(tile->count - at < BLOCK ? tile->count - at : BLOCK);
-        bad |= NAME(block)(tile, at, count, base, rows, squares);
+        bad |= NAME(block)(tile, at, count, base, rows, squares, 0);
         if (what == ENERGIES) {
             if (least != 0) NAME(select)(rows, tasks, count, least, total, kept);
             double *to = products + at / CHUNK * tasks;
@@ -846,3 +892,6 @@ static int NAME(merge)(const tv_tile *tile, const tv_merge_plan *plan, void *out
 #undef COUNTING
 #undef STEPPED
 #undef AS_FLOATS
+#undef SIZE
+#undef NO_TALLY
+#undef TALLIED

@@ -115,6 +115,7 @@ def relaxed_slope(logits: Tensor, sample: Tensor, temperature: float) -> Tensor:
 def rescale_gradient(cotangent: Tensor, sample: Tensor) -> Tensor:
     """∂L/∂s of one tensor, for m = s / mean(s) and cotangent = ∂L/∂m."""
     mean = sample.mean()
+    cotangent = cotangent.to(sample)  # a 0-dimensional float32 would not widen it
     return (cotangent - (cotangent * sample).mean() / mean) / mean
 
 
@@ -127,13 +128,14 @@ def rescale(mask: Tensor | Tensors) -> Tensor | dict[str, Tensor]:
 
     Args:
         mask: name to tensor with values in [0, 1] (or true and false), or one tensor. A tensor that is zero everywhere stays zero
-            (the authors' code divides 0 by 0 there).
+            (the authors' code divides 0 by 0 there). The result is float32, or float64 if the mask is.
     """
     if isinstance(mask, Tensor):
-        if not mask.is_floating_point():
-            mask = mask.to(torch.float32)
+        mask = mask.to(compute_dtype(mask.dtype))
         mean = mask.mean()
         return mask / torch.where(mean == 0, torch.ones_like(mean), mean)
+    if not isinstance(mask, Mapping) or not all(isinstance(tensor, Tensor) for tensor in mask.values()):
+        raise UsageError(f"mask: expected a tensor, or name to tensor, found a {type(mask).__name__}")
     return {name: rescale(tensor) for name, tensor in mask.items()}
 
 
@@ -147,28 +149,30 @@ class ConcreteMask:
     """A mask learned through logits, one per element of each tensor.
 
     Sampling draws from the binary concrete distribution; `mean` is the probability itself. Nothing is rescaled here:
-    `rescale(mask.sample(...))` is what a merge takes.
+    `rescale(mask.sample(...))` is what a merge takes. Masks and gradients of half-precision logits are float32.
 
     Args:
         logits: name to logits. They are used as given (no copy), so an optimiser may own them.
         temperature: of the relaxation, > 0; the smaller, the closer samples are to 0 and 1.
 
     Raises:
-        ParameterError: the temperature is not positive, or a logit tensor is not floating.
+        ParameterError: the temperature is not positive, or logits are not floating or hold NaN.
     """
 
     def __init__(self, logits: Tensors, temperature: float = 0.5):
         if not isinstance(logits, Mapping):
             raise UsageError(f"logits: expected name to tensor, found a {type(logits).__name__}")
         problems = Problems()
-        if not 0 < temperature < math.inf:
+        if not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
             problems.add(
-                f"temperature: {temperature} is not positive; the relaxation is defined for > 0 (published: 0.5)"
+                f"temperature: {temperature!r} is not positive; the relaxation is defined for numbers > 0 (published: 0.5)"
             )
         for name, tensor in logits.items():
-            if not getattr(tensor, "is_floating_point", bool)():
-                kind = getattr(tensor, "dtype", type(tensor).__name__)
+            if not isinstance(tensor, Tensor) or not is_float(tensor.dtype):
+                kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
                 problems.add(f"{name}: logits are {kind}, expected a tensor of a floating dtype")
+            elif bool(torch.isnan(tensor).any()):
+                problems.add(f"{name}: logits hold NaN")
         problems.raise_if_any(ParameterError)
         self.logits = dict(logits)
         self.temperature = float(temperature)
@@ -220,21 +224,20 @@ class ConcreteMask:
         noise = self._noise(uniform, seed, step)
         self._drawn = noise
         return {
-            name: relaxed(tensor, noise[name].to(tensor.dtype), self.temperature)
-            for name, tensor in self.logits.items()
+            name: relaxed(tensor, noise[name].to(tensor), self.temperature) for name, tensor in self._wide().items()
         }
 
     def bernoulli(self, uniform: Tensors | None = None, *, seed: int | None = None, step: int = 0) -> dict[str, Tensor]:
         """One hard sample: 1 with probability σ(ℓ), else 0. Arguments as in `sample`."""
         noise = self._noise(uniform, seed, step)
         return {
-            name: (noise[name].to(tensor.dtype) < torch.sigmoid(tensor)).to(tensor.dtype)
-            for name, tensor in self.logits.items()
+            name: (noise[name].to(tensor) < torch.sigmoid(tensor)).to(tensor.dtype)
+            for name, tensor in self._wide().items()
         }
 
     def mean(self) -> dict[str, Tensor]:
         """The probabilities σ(ℓ): the mean of the 0/1 mask, and the chance that a relaxed sample exceeds one half."""
-        return {name: torch.sigmoid(tensor) for name, tensor in self.logits.items()}
+        return {name: torch.sigmoid(tensor) for name, tensor in self._wide().items()}
 
     @torch.no_grad()
     def gradient(
@@ -259,12 +262,16 @@ class ConcreteMask:
         noise = self._noise(uniform, None, 0)
         self._check(cotangent, "cotangent")
         gradients = {}
-        for name, tensor in self.logits.items():
-            sample = relaxed(tensor, noise[name].to(tensor.dtype), self.temperature)
+        for name, tensor in self._wide().items():
+            sample = relaxed(tensor, noise[name].to(tensor), self.temperature)
             slope = relaxed_slope(tensor, sample, self.temperature)
-            upstream = rescale_gradient(cotangent[name], sample) if rescaled else cotangent[name]
+            upstream = rescale_gradient(cotangent[name], sample) if rescaled else cotangent[name].to(sample)
             gradients[name] = upstream * slope
         return gradients
+
+    def _wide(self) -> dict[str, Tensor]:
+        """The logits in the dtype of sums; in half precision log u would have two or three digits."""
+        return {name: tensor.to(compute_dtype(tensor.dtype)) for name, tensor in self.logits.items()}
 
     def _noise(self, uniform: Tensors | None, seed: int | None, step: int) -> Tensors:
         if (uniform is None) == (seed is None):
@@ -287,6 +294,8 @@ class ConcreteMask:
         for name, tensor in self.logits.items():
             if name not in tensors:
                 problems.add(f"{name}: no {what} given.{did_you_mean(name, tensors)}")
+            elif not isinstance(tensors[name], Tensor):
+                problems.add(f"{name}: {what} is a {type(tensors[name]).__name__}, expected a tensor")
             elif tensors[name].shape != tensor.shape:
                 problems.add(f"{name}: {what} has {list(tensors[name].shape)}, the logits have {list(tensor.shape)}")
         problems.raise_if_any(MismatchError)
@@ -343,7 +352,7 @@ def masked_merge(
 
     Paper: arXiv:2410.13910. The authors scale, mask and add each task vector in turn; the sum is the same.
     """
-    tasks = list(vectors.values()) if isinstance(vectors, Mapping) else list(vectors)
+    tasks = _tasks(base, vectors)
     names = list(order) if order is not None else merged_names(base, tasks)
     weights = _coefficients(coefficients, vectors)
     masks = _masks(mask, vectors)
@@ -397,9 +406,11 @@ def masked_merge_gradient(
     Returns:
         (name to ∂L/∂m, ∂L/∂λ shaped as the coefficients).
     """
-    tasks = list(vectors.values()) if isinstance(vectors, Mapping) else list(vectors)
+    tasks = _tasks(cotangent, vectors)
     names = list(order) if order is not None else merged_names(cotangent, tasks)
     weights = _coefficients(coefficients, vectors)
+    if mask is not None and not (isinstance(mask, Mapping) and all(isinstance(one, Tensor) for one in mask.values())):
+        raise UsageError("mask: expected name to tensor; the gradient is that of one mask for all tasks")
     _check_merge(cotangent, tasks, weights, _masks(mask, vectors), names)
     used = weights.clamp(0, 1) if clamp else weights
     gradient = torch.zeros_like(weights)
@@ -426,11 +437,30 @@ def masked_merge_gradient(
     return masks, gradient
 
 
+def _tasks(base: Tensors, vectors: Vectors) -> list[Vector]:
+    """The task vectors in order, where base and task vectors are what they should be."""
+    if not isinstance(base, Mapping) or not all(isinstance(tensor, Tensor) for tensor in base.values()):
+        raise UsageError(f"base: got a {type(base).__name__}; expected name to tensor")
+    tasks = list(vectors.values()) if isinstance(vectors, Mapping) else list(vectors)
+    for index, vector in enumerate(tasks):
+        deltas = vector.values() if isinstance(vector, Mapping) else ()
+        if not (isinstance(vector, Mapping) or hasattr(vector, "infos")) or not all(
+            isinstance(own, Tensor) for own in deltas
+        ):
+            raise UsageError(f"task vector {index}: got a {type(vector).__name__}; expected name to tensor")
+    return tasks
+
+
 def _coefficients(values: "Tensor | Sequence[float] | Mapping[str, float]", vectors: Vectors) -> Tensor:
     """λ as a floating tensor; numbers that come without a dtype keep all their digits."""
     if isinstance(values, Mapping):
         values = [values[task] for task in _by_task("coefficients", values, vectors)]
-    found = torch.as_tensor(values, dtype=None if isinstance(values, Tensor) else torch.float64)
+    try:
+        found = torch.as_tensor(values, dtype=None if isinstance(values, Tensor) else torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise UsageError(f"coefficients: got a {type(values).__name__}; expected a number for each task") from None
+    if found.is_complex():
+        raise UsageError("coefficients: are complex, expected real numbers")
     return found if found.is_floating_point() else found.to(torch.float32)
 
 
@@ -438,11 +468,14 @@ def _masks(mask: "Tensors | Sequence[Tensors] | Mapping[str, Tensors] | None", v
     if mask is None:
         return []
     if isinstance(mask, Mapping):
-        if not mask or not all(isinstance(value, Mapping) for value in mask.values()):
+        if not mask or not any(isinstance(value, Mapping) for value in mask.values()):
             return [mask]  # type: ignore[list-item]
         mask = [mask[task] for task in _by_task("mask", mask, vectors)]  # type: ignore[misc]
     if len(mask) != len(vectors):
         raise MismatchError([f"{len(mask)} masks for {len(vectors)} task vectors; give one for all, or one each"])
+    for one in mask:
+        if not isinstance(one, Mapping):
+            raise UsageError(f"mask: got a {type(one).__name__}; expected name to tensor, for all tasks or for each")
     return list(mask)
 
 
@@ -472,8 +505,15 @@ def _check_merge(
     for name in names:
         if name not in base:
             problems.add(f"{name}: not in the base.{did_you_mean(name, base)}")
+        elif not is_float(base[name].dtype):
+            problems.add(f"{name}: is {base[name].dtype}, which is copied and never merged; leave it out of `order`")
+        elif names.count(name) > 1:
+            problems.add(f"{name}: {names.count(name)} times in `order`")
+    chosen = set(names)
     for index, vector in enumerate(tasks):
         for name in vector_names(vector):
+            if name in base and is_float(base[name].dtype) and name not in chosen:
+                problems.add(f"{name}: in task vector {index}, not in `order`; leave it out of both, or of none")
             if name not in base:
                 problems.add(f"{name}: in task vector {index}, not in the base. Was it made from another base?")
                 continue
@@ -484,6 +524,8 @@ def _check_merge(
         for name in names:
             if name not in mask:
                 problems.add(f"{name}: the mask has no such tensor; give ones where a tensor is merged whole")
+            elif not isinstance(mask[name], Tensor):
+                problems.add(f"{name}: mask is a {type(mask[name]).__name__}, expected a tensor")
             elif name in base and mask[name].shape != base[name].shape:
                 problems.add(f"{name}: mask has {list(mask[name].shape)}, the base has {list(base[name].shape)}")
         for name in mask:

@@ -223,6 +223,11 @@ def test_a_stale_single_file_beside_an_index_is_refused(tmp_path):
         (b'{"a": {"dtype":"F32","shape":[0],"data_offsets":[0,0]}, "a": {"dtype":"F32","shape":[0],"data_offsets":[0,0]}}',
          b"", "names a more than once"),
         ({}, b"", "holds no tensors"),
+        ({"a": entry(0, 8, [2], ["F32"])}, b"\0" * 8, "dtype \\['F32'\\]"),
+        ({"a": entry(0, 0, [0, 1 << 63])}, b"", "no tensor has the shape"),
+        (b'{"a": {"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,8]}}', b"", "not JSON"),
+        (b"[" * 200_000, b"", "not JSON"),
+        (b'{"\\ud800": {"dtype":"F32","shape":[0],"data_offsets":[0,0]}}', b"", "the name is no text"),
     ],
 )  # fmt: skip
 def test_a_broken_header_is_named_with_its_file(tmp_path, header, data, words):
