@@ -21,11 +21,12 @@ from taskvec.deltas import ModelDeltas, Task, WeightsOf
 from taskvec.errors import MismatchError, NotAModelError, Problems, RecipeError, TaskvecError, UsageError, shortened
 from taskvec.plan import Kernel, Plan, formula
 from taskvec.precision import FLOAT8, cancelled, dtype_named, is_float
+from taskvec.sizes import byte_count, bytes_text
 from taskvec.source import TensorInfo, TensorSource, names_matching
 from taskvec.sweep import TILE, Options, Scope, Stage, free_memory
 from taskvec.vector import TaskVector, assert_alike, is_task_vector
 from taskvec.views import Only, Renamed, Resized, Wide, stored_dtype
-from taskvec.writer import byte_count, bytes_text, check_output
+from taskvec.writer import check_output
 
 Notice = Callable[[str], None]
 
@@ -525,6 +526,8 @@ def _task(
             vector = TaskVector.load(path)
             vector.apply_to(base)  # refuses another base
             return Task(name, vector, is_delta=True)
+        if spec.skip or spec.tied != "refuse":
+            problems.add(f"{path}: `{'skip' if spec.skip else 'tied'}` is for adapters; this is a whole model")
         return Task(name, source)
     except MismatchError as error:
         problems.extend(error.problems)
@@ -809,12 +812,6 @@ def _output_infos(recipe: Recipe, first: TensorSource, problems: Problems) -> di
             stored = dtype_named(recipe.output.dtype)
         except UsageError as error:
             problems.add(f"output.{error}")
-    try:
-        byte_count(recipe.output.shard_size)
-        if recipe.memory is not None:
-            byte_count(recipe.memory)
-    except UsageError as error:
-        problems.add(str(error))
     names = [n for n in first.infos if n not in first.aliases or _is_stored(first)]
     return {
         n: TensorInfo(

@@ -10,7 +10,8 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag,
 
 from merging.settings import Strict, parsed_documents
 from taskvec.blocks import depth_of, layer_of, tower_of
-from taskvec.errors import RecipeError
+from taskvec.errors import RecipeError, UsageError
+from taskvec.sizes import byte_count
 
 
 def _no_claim(value: Any) -> Any:
@@ -19,6 +20,19 @@ def _no_claim(value: Any) -> Any:
     return value
 
 
+def _size(value: Any) -> Any:
+    whole = int(value) if isinstance(value, float) and value.is_integer() else value  # 1e9
+    try:
+        room = byte_count(whole)
+    except UsageError as error:
+        raise ValueError(str(error)) from None
+    if not room:
+        raise ValueError(f"{value!r} leaves no room. Write it like 5GB, 2GiB or 400MB.")
+    return whole
+
+
+Whole = Annotated[int, BeforeValidator(_no_claim)]
+Size = Annotated[str | int, BeforeValidator(_size)]
 Finite = Annotated[float, BeforeValidator(_no_claim), Field(allow_inf_nan=False)]
 
 
@@ -27,7 +41,7 @@ class Gradient(Strict):
 
     Attributes:
         gradient: values at evenly spaced depths; layers in between are interpolated. Tensors outside the layers take
-            the first value.
+            the first value, a layer alone in its slice or tower the last (both as in mergekit).
     """
 
     gradient: Annotated[list[Finite], Field(min_length=1)]
@@ -36,7 +50,7 @@ class Gradient(Strict):
         layer = layer_of(name)
         layers = depth.get(tower_of(name), 1)
         first, count = (layers.start, len(layers)) if isinstance(layers, range) else (0, layers)
-        position = 0.0 if layer is None or count < 2 else (layer - first) / (count - 1)
+        position = 0.0 if layer is None else (layer - first) / (count - 1) if count > 1 else 1.0
         place = position * (len(self.gradient) - 1)
         first = min(int(place), len(self.gradient) - 1)
         last = min(first + 1, len(self.gradient) - 1)
@@ -129,7 +143,7 @@ class TaskSpec(Strict):
         return self.name or Path(self.path).name or self.path
 
 
-Layers = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
+Layers = tuple[Annotated[Whole, Field(ge=0)], Annotated[Whole, Field(ge=0)]]
 """Layers of a model: the first, and one past the last."""
 
 
@@ -142,7 +156,7 @@ class OutputSpec(Strict):
     """
 
     dtype: str | None = None
-    shard_size: str | int = "5GB"
+    shard_size: Size = "5GB"
 
 
 Patterns = Annotated[list[str], BeforeValidator(_as_list)]
@@ -233,7 +247,7 @@ class TokenOf(Strict):
 
     model: str
     token: str | None = None
-    token_id: Annotated[int, Field(ge=0)] | None = None
+    token_id: Annotated[Whole, Field(ge=0)] | None = None
 
     @model_validator(mode="after")
     def _one_of_them(self) -> "TokenOf":
@@ -269,7 +283,7 @@ class TokenizerSpec(Strict):
 
     source: str = "union"
     tokens: dict[str, TokenSpec] = Field(default_factory=dict)
-    multiple_of: Annotated[int, Field(ge=1)] | None = None
+    multiple_of: Annotated[Whole, Field(ge=1)] | None = None
 
 
 def _as_tokenizer(value: Any) -> Any:
@@ -341,10 +355,10 @@ class Recipe(Strict):
     keep_base: Patterns = Field(default_factory=list)
     resize: dict[str, Literal["truncate", "base"]] = Field(default_factory=dict)
     output: OutputSpec = OutputSpec()
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[Whole, Field(ge=0)] = 0
     device: str = "cpu"
-    memory: str | int | None = None
-    workers: Annotated[int, Field(ge=1)] | None = None
+    memory: Size | None = None
+    workers: Annotated[Whole, Field(ge=1)] | None = None
     allow: list[Literal["zero_task", "duplicate_task", "layer_pattern"]] = Field(default_factory=list)
     slices: list[SliceSpec] = Field(default_factory=list)
     modules: dict[str, ModuleSpec] = Field(default_factory=dict)
@@ -360,6 +374,11 @@ class Recipe(Strict):
         if len(given) != 1:
             found = f"found {' and '.join(given)}" if given else "none of them is there"
             raise ValueError(f"a recipe has either `tasks`, `slices` or `modules`; {found}")
+        ranged = [task.label for task in self.tasks if task.layers is not None]
+        if ranged:
+            raise ValueError(f"tasks: `layers` of {ranged[0]} belongs to `slices`; whole models are merged here")
+        if self.tower is not None and not self.slices and not any(module.slices for module in self.modules.values()):
+            raise ValueError("tower: says where the layers of `slices` are, and there are none")
         for key, module in self.modules.items():
             if bool(module.tasks) == bool(module.slices):
                 raise ValueError(f"modules.{key}: has either `tasks` or `slices`")

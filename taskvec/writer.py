@@ -11,7 +11,6 @@ import fcntl
 import glob
 import json
 import os
-import re
 import shutil
 import threading
 import time
@@ -47,46 +46,12 @@ from taskvec.errors import (
     shortened,
 )
 from taskvec.precision import all_finite, dtype_named, is_float, rounded
+from taskvec.sizes import byte_count, bytes_text
 from taskvec.source import TensorInfo, TensorSource
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
 _WRITE = 16 << 20  # bytes written by one call
 _JOURNAL = "taskvec-journal.jsonl"
-_UNITS = {
-    "": 1,
-    "b": 1,
-    "kb": 10**3,
-    "mb": 10**6,
-    "gb": 10**9,
-    "tb": 10**12,
-    "kib": 2**10,
-    "mib": 2**20,
-    "gib": 2**30,
-    "tib": 2**40,
-}
-
-
-def byte_count(text: "str | int") -> int:
-    """`5GB`, `2GiB`, `400 MB` or a number as bytes.
-
-    Raises:
-        UsageError: the text is not a size.
-    """
-    if isinstance(text, int):
-        return text
-    found = re.fullmatch(r"\s*([\d.]+)\s*([a-zA-Z]*)\s*", text)
-    if not found or found.group(2).lower() not in _UNITS or found.group(1).count(".") > 1:
-        raise UsageError(f"{text!r} is not a size. Write it like 5GB, 2GiB or 400MB.")
-    return int(float(found.group(1)) * _UNITS[found.group(2).lower()])
-
-
-def bytes_text(count: float) -> str:
-    """`748.0 MB` for 748000000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
 
 
 @dataclass(slots=True)
@@ -98,6 +63,21 @@ class _Shard:
     left: int = 0
     fd: int = -1
     direct: DirectFile | None = None
+
+
+def _shard_limit(shard_size: "int | str") -> int:
+    """The largest size of a file in bytes.
+
+    Raises:
+        UsageError: it is no size, or leaves no room for a tensor.
+    """
+    try:
+        limit = byte_count(shard_size)
+    except UsageError as error:
+        raise UsageError(f"shard_size: {error}") from None
+    if not limit:
+        raise UsageError(f"shard_size: {shard_size!r} leaves no room for a tensor. Write it like 5GB, 2GiB or 400MB.")
+    return limit
 
 
 def plan_shards(infos: Mapping[str, TensorInfo], shard_size: int) -> list[tuple[str, list[str]]]:
@@ -169,11 +149,7 @@ class CheckpointWriter:
         self._broken: set[tuple[str, int]] = set()
         self._lock = threading.Lock()
         self._finished = False
-        limit = byte_count(shard_size)
-        if limit <= 0:
-            raise UsageError(
-                f"shard_size: {shard_size!r} leaves no room for a tensor. Write it like 5GB, 2GiB or 400MB."
-            )
+        limit = _shard_limit(shard_size)
         check_output(self.out, inputs, overwrite=overwrite)
         self._shards: list[_Shard] = []
         self._direct = None if cached else DirectWrites()

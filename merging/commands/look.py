@@ -21,8 +21,8 @@ def inspect_command(path: str, base: str | None, tensors: bool, hashes: bool, as
     from taskvec.checkpoint import content_hash
     from taskvec.errors import NotAModelError
     from taskvec.precision import dtype_name
+    from taskvec.sizes import bytes_text
     from taskvec.vector import is_task_vector
-    from taskvec.writer import bytes_text
 
     if is_adapter(path):
         if base is None:

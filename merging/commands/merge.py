@@ -245,7 +245,7 @@ def _write_adapter(
 
 
 def _check_rows(assembly: "Assembly") -> dict[str, Any]:
-    from taskvec.writer import bytes_text
+    from taskvec.sizes import bytes_text
 
     prepared, several = assembly.parts[0], len(assembly.parts) > 1
     found: dict[str, Any] = {

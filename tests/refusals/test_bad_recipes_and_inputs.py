@@ -290,7 +290,39 @@ def test_a_disk_that_is_too_small(zoo, out, monkeypatch):
 
 def test_a_memory_budget_that_is_too_small(zoo, out):
     refused(zoo.recipe(memory="10kB"), out, "task_arithmetic needs about .* for tiles; the budget is 10.0 kB")
-    refused(zoo.recipe(memory="lots"), out, "'lots' is not a size")
+    refused(zoo.recipe(memory=30), out, "the budget is 30 B")
+
+
+@pytest.mark.parametrize("size", ["lots", ". GB", "-5GB", -1, 0, True, 1.5, ""])
+@pytest.mark.parametrize("key", ["memory", "shard_size"])
+def test_sizes_that_are_none_are_told_with_their_key(key, size):
+    text = json.dumps({key: size} if key == "memory" else {"output": {key: size}})[1:-1]
+    with pytest.raises(RecipeError, match=f"line 4: (output.)?{key}: .*Write it like 5GB"):
+        Recipe.from_text(f"base: a\nmethod: ties\ntasks: [b]\n{text}")
+    assert Recipe.from_text("base: a\nmethod: ties\ntasks: [b]\nmemory: 1e9").memory == 10**9
+
+
+@pytest.mark.parametrize("key", ["seed", "workers"])
+def test_true_is_no_whole_number(key):
+    with pytest.raises(RecipeError, match=f"{key}: should be a number, found True"):
+        Recipe.from_data({"base": "a", "method": "ties", "tasks": ["b"], key: True})
+
+
+def test_what_belongs_to_slices_is_not_passed_over_where_whole_models_are_merged(zoo):
+    recipe = zoo.recipe()
+    with pytest.raises(RecipeError, match="`layers` of .* belongs to `slices`"):
+        Recipe.from_data({**recipe, "tasks": [{"path": str(zoo.tuned[0]), "layers": [0, 1]}]})
+    with pytest.raises(RecipeError, match="tower: says where the layers of `slices` are"):
+        Recipe.from_data({**recipe, "tower": "model.layers"})
+
+
+@pytest.mark.parametrize(("key", "value"), [("skip", ["classifier*"]), ("tied", "both")])
+def test_what_belongs_to_adapters_is_not_passed_over_at_a_whole_model(zoo, out, key, value):
+    refused(zoo.recipe(tasks=[{"path": str(zoo.tuned[0]), key: value}]), out, f"`{key}` is for adapters")
+
+
+def test_a_method_in_capitals_is_recognised(zoo, out):
+    refused(zoo.recipe(method="TIES"), out, "Did you mean 'ties'")
 
 
 def test_devices_and_dtypes_that_are_not_there(zoo, out):

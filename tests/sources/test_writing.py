@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from taskvec import Checkpoint, in_memory, write
 from taskvec.errors import DiskFullError, OutputError, OutputExistsError, UsageError, VerificationError
 from taskvec.precision import dtype_named
+from taskvec.sizes import byte_count
 from taskvec.source import TensorInfo
-from taskvec.writer import CheckpointWriter, assert_digests, byte_count, check_output, write_atomically
+from taskvec.writer import CheckpointWriter, assert_digests, check_output, write_atomically
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -206,13 +207,22 @@ def test_small_files_appear_whole(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "count"), [("5GB", 5 * 10**9), ("2GiB", 2**31), ("400 mb", 4 * 10**8), (7, 7), ("1.5kB", 1500)]
+    ("text", "count"),
+    [
+        ("5GB", 5 * 10**9),
+        ("2GiB", 2**31),
+        ("400 mb", 4 * 10**8),
+        (7, 7),
+        ("1.5kB", 1500),
+        (".5MB", 5 * 10**5),
+        ("5.", 5),
+    ],
 )
 def test_sizes_are_read_with_their_units(text, count):
     assert byte_count(text) == count
 
 
-@pytest.mark.parametrize("text", ["lots", "5 parsecs", "1.2.3GB", ""])
+@pytest.mark.parametrize("text", ["lots", "5 parsecs", "1.2.3GB", "", ". GB", "-5GB", "٣GB", -1, True, None, 1.5])
 def test_other_texts_are_not_sizes(text):
     with pytest.raises(UsageError, match="is not a size"):
         byte_count(text)
