@@ -6,7 +6,6 @@ tiles with one torch thread, so reads, arithmetic and writes of different worker
 bits for every number of workers, every tile size and every budget.
 """
 
-import ctypes
 import math
 import os
 import threading
@@ -14,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -22,15 +20,16 @@ import torch
 from torch import Tensor
 
 from taskvec import native
-from taskvec.checkpoint import SEGMENT, Checkpoint, SegmentDigest, raw_bytes
+from taskvec.checkpoint import SEGMENT
 from taskvec.compiled import Chain, values_of
 from taskvec.deltas import Deltas, ModelDeltas, OneTensor, Room, StackDeltas, Tile
 from taskvec.errors import NonFiniteError
+from taskvec.memory import Gate, free_memory, give_back
 from taskvec.moments import CHUNK, exact, exact_sums, rounded_sum
 from taskvec.native import Stored
 from taskvec.order import counted
 from taskvec.plan import Fold, Formula, Kernel, Plan, Report, Sample, Selection, formula_of
-from taskvec.source import TensorSource
+from taskvec.watch import Digests, Watch
 
 TILE = 1 << 19  # elements a task: with smaller ones threads wait for each other between calls, larger ones gain nothing
 TILE_RESIDENT = 1 << 24  # on a GPU launches cost more than cache misses
@@ -132,18 +131,6 @@ class Into:
         self.places[tile.name].view(-1)[tile.start : tile.stop] = values.reshape(-1)
 
 
-def free_memory() -> int:
-    """Bytes that can be allocated without swapping."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-
-
 def sweep(
     deltas: Deltas,
     stages: Sequence[Stage],
@@ -169,7 +156,7 @@ def sweep(
         NonFiniteError: an input holds NaN or infinity; names tensor and task.
     """
     if not _on_gpu(deltas):
-        _give_back()  # what was freed before counts against no budget of ours
+        give_back()  # what was freed before counts against no budget of ours
     with _single_threaded():
         return _Sweep(deltas, list(stages), sink, scope, options, skip).run()
 
@@ -210,11 +197,11 @@ class _Sweep:
             self._keep_budget = 0
         if options.device != "cpu" and not self.resident:  # kept tiles lie on the GPU
             self._keep_budget = min(self._keep_budget, torch.cuda.mem_get_info(torch.device(options.device))[0] // 2)
-        self._gate = _Gate(max(memory - self._keep_budget, 1))
+        self._gate = Gate(max(memory - self._keep_budget, 1))
         self._lock = threading.Lock()
         self._read_once = False
         self._squares = [0] * len(deltas.tasks)
-        self._digests: dict[tuple[int, str], SegmentDigest] = {}
+        self._digests = Digests()
         self._stop = threading.Event()
         self._local = threading.local()
         self._late: list[tuple[Stage, Report]] = []
@@ -325,7 +312,7 @@ class _Sweep:
         there = Uploaded(self.deltas, device, self.workers)
 
         def item(name: str, start: int, stop: int) -> None:
-            watch = _Watch(self, name, start // SEGMENT)
+            watch = self._watch(name, start // SEGMENT)
             there.load(name, start, stop, watch)
             watch.close()
 
@@ -418,7 +405,7 @@ class _Sweep:
         method = self.stages[-1].name
 
         def item(name: str, start: int, stop: int) -> None:
-            watch = _Watch(self, name, start // SEGMENT)
+            watch = self._watch(name, start // SEGMENT)
             if start == stop:
                 self.deltas.tile(name, start, stop, watch)
                 watch.close()
@@ -581,21 +568,24 @@ class _Sweep:
         return sorted(big, key=lambda n: -self.deltas.infos[n].numel) + [n for n in self.deltas.infos if n not in big]
 
     def _fold(self, fold: Fold, label: str) -> Any:
-        compiled = self._compiled_fold(fold)
-        if compiled is not None:
-            return self._folded(fold, compiled, label)
-        partials: list[Any] = []
-        lock = threading.Lock()
+        joined, part_of = _Joined(fold), self._compiled_fold(fold)
 
-        def work(tile: Tile) -> None:
-            if tile.start == tile.stop:
-                return
-            part = fold.of(self._through(tile))
-            with lock:  # joined at once, so that partial results never pile up
-                partials[:] = [fold.join(partials[0], part)] if partials else [part]
+        def eager(tile: Tile) -> None:
+            if tile.start < tile.stop:
+                joined.add(fold.of(self._through(tile)))
 
-        self._pass(work, label)
-        return partials[0]
+        if part_of is None:
+            self._pass(eager, label)
+            return joined.result
+
+        def work(stored: Stored, squares: Any) -> None:
+            part, base_finite = part_of(stored, squares)
+            if squares is not None:
+                self._take_squares(stored, squares, base_finite)
+            joined.add(part)
+
+        self._stored_pass(lambda name, start, stop: work, eager, label)
+        return joined.result
 
     # -- compiled passes over tiles as they are stored -----------------------------------------------------------------
 
@@ -716,7 +706,7 @@ class _Sweep:
                     eager(tile)
                 return
             hashes = first and not self.resident and self._held is None and bool(source.unhashed(name))
-            watch = _Watch(self, name, start // SEGMENT) if hashes else None
+            watch = self._watch(name, start // SEGMENT) if hashes else None
             for stored in self._stored(name, start, stop, self._piece(width(name)), span, watch):
                 if self._stop.is_set():
                     return
@@ -728,7 +718,7 @@ class _Sweep:
         self._read_once = True
 
     def _stored(
-        self, name: str, start: int, stop: int, size: int, span: int, watch: "_Watch | None"
+        self, name: str, start: int, stop: int, size: int, span: int, watch: "Watch | None"
     ) -> Iterator[Stored]:
         """Tiles as they are stored: large ones that are read meanwhile, or what was read, `size` elements at a time."""
         source: Any = self._within()
@@ -768,28 +758,6 @@ class _Sweep:
             return _varied
         return None
 
-    def _folded(self, fold: Fold, part_of: "Callable[[Stored, Any], tuple[Any, bool]]", label: str) -> Any:
-        """A fold by compiled code, from what is stored."""
-        partials: list[Any] = []
-        lock = threading.Lock()
-
-        def join(part: Any) -> None:
-            with lock:
-                partials[:] = [fold.join(partials[0], part)] if partials else [part]
-
-        def work(stored: Stored, squares: Any) -> None:
-            part, base_finite = part_of(stored, squares)
-            if squares is not None:
-                self._take_squares(stored, squares, base_finite)
-            join(part)
-
-        def eager(tile: Tile) -> None:
-            if tile.start < tile.stop:
-                join(fold.of(tile))
-
-        self._stored_pass(lambda name, start, stop: work, eager, label)
-        return partials[0]
-
     def _take_squares(self, stored: Stored, squares: Any, base_finite: bool) -> None:
         """Adds to the norms; refuses what is not a number."""
         rows = squares.tolist()
@@ -826,7 +794,7 @@ class _Sweep:
         self._read_once = True
 
     def _tiles(self, name: str, start: int, stop: int, first: bool) -> Iterator[Tile]:
-        watch = _Watch(self, name, start // SEGMENT) if first and not self.resident else None
+        watch = self._watch(name, start // SEGMENT) if first and not self.resident else None
         size = max(1, stop - start) if self.whole else self.tile
         for begin in range(start, max(stop, start + 1), size):
             if self._stop.is_set():
@@ -844,7 +812,7 @@ class _Sweep:
         if watch is not None:
             watch.close()
 
-    def _read(self, name: str, start: int, stop: int, watch: "_Watch | None") -> Tile:
+    def _read(self, name: str, start: int, stop: int, watch: "Watch | None") -> Tile:
         """A tile; one that will not be kept lies in memory that this thread uses again for the next."""
         within = self._within()
         if isinstance(within, ModelDeltas) and not self.whole and self.options.device == "cpu":
@@ -930,6 +898,10 @@ class _Sweep:
             as_stack = stage.role == "preprocess"
             tiles = [t.with_stack(r) if as_stack else t.with_merged(r) for t, r in zip(tiles, results)]
         return tiles
+
+    def _watch(self, name: str, segment: int) -> Watch:
+        within: Any = self._within()
+        return Watch(self._digests, within.unhashed(name) if hasattr(within, "unhashed") else {}, segment)
 
     def _finish_tile(self, tile: Tile) -> None:
         if tile.name not in self.skip:
@@ -1018,7 +990,7 @@ class _Sweep:
                         ahead(*items[index + self.workers])
                     work(*items[index])
                     if index % 8 == 7:
-                        _give_back()
+                        give_back()
                     with self._lock:
                         done += items[index][2] - items[index][1]
                     if self.options.progress is not None:
@@ -1066,7 +1038,7 @@ class _TensorSweep(_Sweep):
         raw: Tensor | None = getattr(self._local, "held", None)
         if raw is None or raw.numel() < sources * each:
             raw = self._local.held = torch.empty(sources * each, dtype=torch.uint8)
-        watch = _Watch(self, self.name, 0)
+        watch = self._watch(self.name, 0)
         (stored,) = within.pieces(self.name, 0, info.numel, info.numel, watch, Room(torch.empty(0), raw, each))
         watch.close()
         return stored
@@ -1098,78 +1070,27 @@ class _TensorSweep(_Sweep):
             work(*item)
 
 
+class _Joined:
+    """The partial results of a fold, joined at once, so that they never pile up."""
+
+    def __init__(self, fold: Fold):
+        self._fold, self._lock = fold, threading.Lock()
+        self._parts: list[Any] = []
+
+    def add(self, part: Any) -> None:
+        with self._lock:
+            self._parts[:] = [self._fold.join(self._parts[0], part)] if self._parts else [part]
+
+    @property
+    def result(self) -> Any:
+        return self._parts[0]
+
+
 def _varied(stored: Stored, squares: Any) -> tuple[int, bool]:
     """How many entries differ between tasks."""
     none = np.zeros((1, 1), np.float32)
     found = native.count(stored, native.Values("variance"), none, none, squares)
     return stored.count - int(found.counts[0, 0, 1]), found.base_finite
-
-
-class _Watch:
-    """Hashes what is read of one segment, so that the inputs' digests cost no pass of their own."""
-
-    def __init__(self, owner: _Sweep, name: str, segment: int):
-        self._owner, self._segment = owner, segment
-        within: Any = owner._within()
-        # where each source has the tensor, by the source's id
-        self._stored: dict[int, tuple[Checkpoint, str]] = within.unhashed(name) if hasattr(within, "unhashed") else {}
-        self._hashers: dict[int, tuple[Any, int]] = {}
-        self._at: dict[int, int] = {}  # segments that are whole, where a tensor of several is read at once
-
-    def __call__(self, source: TensorSource, name: str, raw: "Tensor | memoryview") -> None:
-        stored = self._stored.get(id(source))
-        if stored is None:
-            return
-        from blake3 import blake3
-
-        data = raw if isinstance(raw, memoryview) else raw_bytes(raw)
-        size = source.infos[name].dtype.itemsize
-        hasher, room = self._hashers.get(id(source)) or (blake3(), SEGMENT)
-        done = 0
-        while len(data) // size - done >= room:  # whole tensors cross segments
-            hasher.update(data[done * size : (done + room) * size])
-            self._end(id(source), hasher)
-            done, room, hasher = done + room, SEGMENT, blake3()
-        hasher.update(data[done * size :])
-        self._hashers[id(source)] = (hasher, room - (len(data) // size - done))
-
-    def _end(self, source: int, hasher: Any) -> None:
-        checkpoint, own = self._stored[source]
-        with self._owner._lock:
-            digest = self._owner._digests.setdefault((id(checkpoint), own), SegmentDigest(checkpoint.infos[own]))
-        at = self._at.get(source, self._segment)
-        self._at[source] = at + 1
-        if at < digest.count and digest.add(at, hasher.digest()):
-            checkpoint.record_digest(own, digest.hexdigest())
-
-    def close(self) -> None:
-        for source, (hasher, room) in list(self._hashers.items()):
-            checkpoint, own = self._stored[source]
-            if room < SEGMENT or checkpoint.infos[own].numel == 0:
-                self._end(source, hasher)
-        self._hashers.clear()
-
-
-class _Gate:
-    """Lets work through while the bytes it needs fit; what is larger than everything goes through alone."""
-
-    def __init__(self, size: int):
-        self.size, self._used = size, 0
-        self._changed = threading.Condition()
-
-    @contextmanager
-    def __call__(self, need: int) -> Iterator[bool]:
-        fits = need <= self.size
-        need = min(need, self.size)
-        with self._changed:
-            self._changed.wait_for(lambda: self._used + need <= self.size)
-            self._used += need
-        try:
-            yield fits
-        finally:
-            with self._changed:
-                self._used -= need
-                self._changed.notify_all()
 
 
 def _on_gpu(deltas: Deltas) -> bool:
@@ -1230,33 +1151,6 @@ def _chain_formula(kernels: Sequence[Kernel]) -> Formula | None:
         if first is not None and second is not None and (first.name, second.name) == ("trim", "weighted sum"):
             return Formula("trimmed sum", first.numbers)
     return None
-
-
-def _give_back() -> None:
-    """Returns freed memory to the system (glibc).
-
-    glibc before 2.38 cannot give an aligned buffer's place to the next one of its size while the few bytes before it
-    sit in a fast bin, so memory that is free grows with the model: measured 2.9 GB against 0.9 GB for a budget of
-    0.6 GB at 0.3 B parameters. Without fast bins neighbours join again, and trimming returns what they leave.
-    """
-    libc = _glibc()
-    if libc is not None:
-        libc.malloc_trim(0)
-
-
-@cache
-def _glibc() -> Any:
-    """The C library with fast bins switched off, or None where it is another one."""
-    try:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(1, 0)  # M_MXFAST
-        # tiles' buffers come from the heap again and again; mapping each anew costs as much as computing with it
-        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD
-        libc.malloc_trim(0)
-    except (AttributeError, OSError):
-        return None
-    return libc
 
 
 @contextmanager
