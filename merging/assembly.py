@@ -37,6 +37,7 @@ from taskvec.errors import (
     TaskvecError,
     shortened,
 )
+from taskvec.precision import config_in, dtype_named
 from taskvec.source import TensorInfo, TensorSource, names_matching
 from taskvec.views import Renamed, Selected
 
@@ -175,7 +176,9 @@ def assemble(
     opened = opened or Opened()
     if recipe.is_whole and not any((recipe.tokenizer, recipe.chat_template, recipe.donor)):
         prepared = prepare(recipe, out, overwrite=overwrite, opened=opened)
-        return Assembly(recipe, [""], [prepared], prepared.base, prepared.infos, warnings=prepared.warnings)
+        config = getattr(prepared.base, "config", {})
+        files = _config_file(config, config, recipe)
+        return Assembly(recipe, [""], [prepared], prepared.base, prepared.infos, files, warnings=prepared.warnings)
     problems, warnings = Problems(), list[str]()
     donor = _donor(recipe, opened, problems)
     pieces, stacks = _pieces(recipe, donor, opened, problems, warnings)
@@ -592,12 +595,19 @@ def _files(
     if vocabularies is not None:
         config = vocabularies.config(config)
         files |= vocabularies.files()
-    if config != original:
-        files[CONFIG] = json.dumps(config, indent=2) + "\n"
+    if not problems:
+        files |= _config_file(original, config, recipe)
     if recipe.chat_template is not None:
         models = list(_models(pieces, opened).values())
         files |= chat_template_files(recipe.chat_template, donor, models, files, problems)
     return files
+
+
+def _config_file(original: Mapping[str, Any], config: Mapping[str, Any], recipe: Recipe) -> dict[str, str]:
+    """config.json, where the result needs another than the donor's."""
+    stored = recipe.output.dtype
+    made = dict(config) if stored is None else config_in(config, dtype_named(stored))
+    return {CONFIG: json.dumps(made, indent=2) + "\n"} if made != original else {}
 
 
 def _heads(

@@ -5,6 +5,8 @@ is written. Nothing in between is stored in half precision.
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +62,23 @@ def dtype_named(name: str | torch.dtype) -> torch.dtype:
 def dtype_name(dtype: torch.dtype) -> str:
     """`bfloat16` for torch.bfloat16."""
     return str(dtype).removeprefix("torch.")
+
+
+def config_in(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """A model's configuration that says this dtype wherever it says one: transformers loads a model in what is said.
+
+    Float8 is said nowhere: there it means a quantised model with scales.
+    """
+    if dtype in FLOAT8:
+        return dict(config)
+    return {
+        key: config_in(value, dtype)
+        if isinstance(value, Mapping)
+        else dtype_name(dtype)
+        if key in ("dtype", "torch_dtype") and isinstance(value, str)
+        else value
+        for key, value in config.items()
+    }
 
 
 def all_finite(values: Tensor) -> bool:

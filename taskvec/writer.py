@@ -45,7 +45,7 @@ from taskvec.errors import (
     VerificationError,
     shortened,
 )
-from taskvec.precision import all_finite, dtype_named, is_float, rounded
+from taskvec.precision import all_finite, config_in, dtype_named, is_float, rounded
 from taskvec.sizes import byte_count, bytes_text
 from taskvec.source import TensorInfo, TensorSource
 
@@ -543,6 +543,8 @@ def write(
     }
     beside = getattr(source, "companions", ()) if companions is None else companions
     root = getattr(source, "path", None)
+    if stored is not None:
+        files = {**_restated(beside, stored), **(files or {})}
     inputs = [source.path] if isinstance(source, Checkpoint) else []
     is_vector = hasattr(source, "low_rank")  # what is stored already is copied as it is
     exact = source.read_flat if stored is None else getattr(source, "read_unrounded", source.read_flat)
@@ -563,6 +565,16 @@ def write(
                     raise NonFiniteError(name, source.label, int((~torch.isfinite(values)).sum()))
                 writer.write(name, values, start)
         return writer.finish(files=files)
+
+
+def _restated(companions: Sequence[Path], stored: torch.dtype) -> dict[str, str]:
+    """config.json anew, where the dtype that it says is not the one that is stored."""
+    for path in companions:
+        if path.name == "config.json":
+            config = json.loads(path.read_text("utf-8"))
+            if isinstance(config, dict) and (restated := config_in(config, stored)) != config:
+                return {path.name: json.dumps(restated, indent=2) + "\n"}
+    return {}
 
 
 # -- pieces --------------------------------------------------------------------------------------------------------------

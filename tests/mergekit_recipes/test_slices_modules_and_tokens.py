@@ -44,6 +44,23 @@ def test_slices_modules_and_filters_give_mergekits_files(layers, name):
     assert json.loads((layers / "out" / "config.json").read_text())["num_hidden_layers"] == depth
 
 
+@pytest.mark.parametrize("parts", ["tasks", "slices"])
+@pytest.mark.parametrize("said", ["dtype", "torch_dtype"])
+def test_the_configuration_says_what_the_weights_are_stored_in(layers, parts, said):
+    config = json.loads((layers / "inputs" / "base" / "config.json").read_text())
+    del config["torch_dtype"]
+    config |= {said: "float32", "text_config": {said: "float32", "depth": 3}}
+    (layers / "inputs" / "base" / "config.json").write_text(json.dumps(config))
+    tasks = [{"path": "inputs/ft1", **({"layers": [0, 4]} if parts == "slices" else {})}]
+    recipe = {"method": "task_arithmetic", "base": "inputs/base", "output": {"dtype": "bf16"}}
+    merge(Recipe.from_data(recipe | {parts: tasks if parts == "tasks" else [{"tasks": tasks}]}), layers / "out")
+    found = json.loads((layers / "out" / "config.json").read_text())
+    assert found == config | {said: "bfloat16", "text_config": {said: "bfloat16", "depth": 3}}
+    assert {str(value.dtype) for value in load_file(layers / "out" / "model.safetensors").values()} == {
+        "torch.bfloat16"
+    }
+
+
 @pytest.mark.parametrize("name", TOKENS)
 def test_tokenizers_give_mergekits_embeddings_token_by_token(tokens, name):
     merge(Recipe.load(MORE / "tokens" / "configs" / f"{name}.yml"), tokens / "out")
