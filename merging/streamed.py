@@ -103,7 +103,7 @@ def _in_stages(recipe: Recipe, out: Path, run: _Run) -> Merged:
         return _merged(assemble(recipe, out, overwrite=run.overwrite), out, run)
     staged(recipe, out, overwrite=run.overwrite)  # whatever is wrong anywhere is told before anything is made
     existing = next(folder for folder in out.parents if folder.exists())
-    with _stage_folder(existing, out, run.notice) as place:
+    with _own_folder(existing, out.name, "stages", run.notice) as place:
         made: dict[str, TensorSource] = {}
         facts: dict[str, Any] = {}
         for name, stage in in_order(recipe).items():
@@ -120,18 +120,18 @@ def _in_stages(recipe: Recipe, out: Path, run: _Run) -> Merged:
 
 
 @contextmanager
-def _stage_folder(parent: Path, out: Path, notice: Callable[[str], None]) -> Iterator[Path]:
-    """A folder for the results of stages, removed at the end; those that killed runs left are removed first.
+def _own_folder(parent: Path, name: str, what: str, notice: Callable[[str], None]) -> Iterator[Path]:
+    """A folder for results on the way, removed at the end; those that killed runs left are removed first.
 
     A run holds a lock in its folder, so one whose lock is free is nobody's.
     """
-    for old in sorted(parent.glob(f".{glob.escape(out.name)}.stages-*/lock")):
+    for old in sorted(parent.glob(f".{glob.escape(name)}.{what}-*/lock")):
         with old.open("rb") as held, suppress(BlockingIOError):
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             notice(f"found {old.parent.name} of an interrupted run: removed")
             shutil.rmtree(old.parent)
     with (
-        tempfile.TemporaryDirectory(prefix=f".{out.name}.stages-", dir=parent) as place,
+        tempfile.TemporaryDirectory(prefix=f".{name}.{what}-", dir=parent) as place,
         (Path(place) / "lock").open("wb") as held,
     ):
         fcntl.flock(held, fcntl.LOCK_EX)
@@ -517,9 +517,9 @@ def verify(
     result = {"path": str(where), "tensors": len(checkpoint.infos), "files": len(hashes), "deep": deep}
     if deep:
         recipe = Recipe.from_data(found["recipe"], where=PROVENANCE)
-        with tempfile.TemporaryDirectory(prefix=f".{where.name}.verify-", dir=where.parent) as place:
+        with _own_folder(where.parent, where.name, "verify", lambda _: None) as place:
             again = merge(
-                recipe, Path(place) / (where.name if where.suffix == ".safetensors" else "again"), progress=progress
+                recipe, place / (where.name if where.suffix == ".safetensors" else "again"), progress=progress
             )
             changed = [
                 entry["name"]

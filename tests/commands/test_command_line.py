@@ -232,17 +232,32 @@ def test_killed_at_twenty_moments_the_output_is_absent_or_whole(slow_zoo, tmp_pa
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
 
 
-def test_an_interrupt_ends_soon_and_leaves_nothing_under_the_name(slow_zoo, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_merge_soon_and_leaves_neither_output_nor_lock(slow_zoo, tmp_path, number):
     process = start(slow_zoo, tmp_path / "out")
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("out.partial-*")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, number)
     _, err = process.communicate(timeout=60)
     if process.returncode == 0:
         pytest.skip("the merge was done before the signal came")
-    assert process.returncode == 130 and "interrupted" in err and "Traceback" not in err
-    assert not (tmp_path / "out").exists()
+    assert process.returncode == 128 + number and "interrupted" in err and "Traceback" not in err
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*lock"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_modules_load_ends_the_program_at_once(tmp_path, number):
+    """An exception would be lost in the import system, or abort the process in the midst of torch's C++."""
+    (tmp_path / "torch.py").write_text(
+        f"import os\ntry:\n    os.kill(os.getpid(), {int(number)})\n    import this\nexcept BaseException:\n    os._exit(3)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", "from merging.commands import run; run()", "merge", "-m", "ties", "out", "a", "b"],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)}, cwd=tmp_path,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (128 + number, "")
+    assert done.stderr == "interrupted before anything was begun\n"
 
 
 def test_two_runs_for_one_output_do_not_mix(slow_zoo, tmp_path):

@@ -346,6 +346,16 @@ def test_tokenizers_with_other_vocabularies_are_warned_of(zoo, tmp_path):
     assert not [w for w in made.warnings if "ft2: its tokenizer" in w]
 
 
+def test_what_a_killed_check_left_is_removed_by_the_next(zoo, tmp_path):
+    out = tmp_path / "out"
+    merge(Recipe.from_data(zoo.recipe()), out)
+    left = tmp_path / ".out.verify-abc"
+    (left / "again.partial-1").mkdir(parents=True)
+    (left / "lock").touch()
+    verify(out, deep=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "zoo"]
+
+
 def test_what_a_killed_run_left_of_its_stages_is_removed_and_a_living_one_is_left_alone(zoo, tmp_path):
     import fcntl
 
