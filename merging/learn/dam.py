@@ -34,8 +34,19 @@ from merging.learn.mask_training import (
 )
 from merging.learn.masked import Draw, MaskedModel, MaskLogits
 from merging.learn.masks import Tensors, Vector, delta, vector_names
-from taskvec.errors import DataError, LearningError, MismatchError, ParameterError, Problems, UsageError, did_you_mean
-from taskvec.precision import compute_dtype
+from taskvec.coefficients import Coefficients
+from taskvec.errors import (
+    DataError,
+    LearningError,
+    MismatchError,
+    NonFiniteError,
+    ParameterError,
+    Problems,
+    UsageError,
+    did_you_mean,
+    shortened,
+)
+from taskvec.precision import all_finite, compute_dtype, is_float
 from taskvec.source import TensorSource, names_matching
 
 __all__ = ["DamConfig", "DamResult", "dam_merge", "default_forward"]
@@ -102,16 +113,17 @@ def dam_merge(
         MismatchError: models that do not fit the base.
         LearningError: batch statistics in training mode, a head inside the merged weights, a loss not finite.
     """
-    config = config or DamConfig()
+    config = DamConfig() if config is None else config
     forward = forward or default_forward
-    warnings: list[str] = []
-    _check_inputs(base, models, data, heads)
+    _check_inputs(base, models, data, heads, forward, config, seed)
+    warnings = [f"data of {task!r} are not used: there is no model of that task" for task in data if task not in models]
     with on_device(base, device) as where:
         vectors = task_vectors(base, models)
         if len(vectors) == 1:
             warnings.append(
                 "one model only: there is no other to dilute a backdoor with; a smaller coefficient does more"
             )
+        warnings += _left_out(base, models, vectors)
         names = _chosen(base, config)
         ready = {task: head_of(head, where) for task, head in heads.items()}
         _check_heads(base, heads, names)
@@ -123,7 +135,7 @@ def dam_merge(
         }
         trainer = Trainer(model, streams, ready, forward, config, seed)
         _check_settings(config, model, list(vectors))
-        warnings += _still(vectors)
+        warnings += _still(base, vectors)
         with evaluating(base, list(ready.values())), model:
             trainer.try_inputs()
             if config.compat == "published":
@@ -140,6 +152,11 @@ def dam_merge(
             else:
                 model.compose_(*masks)
             state = {name: tensor.detach().clone() for name, tensor in base.state_dict().items()}
+            broken = [name for name, tensor in state.items() if is_float(tensor.dtype) and not all_finite(tensor)]
+            if broken:
+                raise LearningError(
+                    f"{shortened(broken)}: the merged weights hold NaN or infinity. Lower mask_lr or lam0."
+                )
             each = [_weights(model, [own]) for own in masks] if config.per_task_masks else []
             weights = {} if config.per_task_masks else _weights(model, masks)
             roles = list(vectors) if config.per_task_masks else ["M1", "M2"] if len(masks) > 1 else ["M"]
@@ -174,11 +191,11 @@ class _Difference:
     """A fine-tuned model as a task vector, one tensor at a time; the base's tensors are those at the start."""
 
     def __init__(self, base: Tensors, tuned: Tensors):
-        self.base, self.tuned = base, tuned
-        self.infos = {name: tensor for name, tensor in tuned.items() if name in base}
+        self.base, self.given, self.tensor = base, tuned.keys(), tuned.__getitem__
+        self.infos: Mapping[str, Any] = {name: tensor for name, tensor in tuned.items() if name in base}
 
     def read(self, name: str) -> Tensor:
-        return _minus(self.tuned[name], self.base[name])
+        return _minus(self.tensor(name), self.base[name])
 
 
 def default_forward(module: nn.Module, batch: Batch) -> Tensor:
@@ -212,14 +229,22 @@ def _weights(model: MaskedModel, masks: Sequence[tuple[MaskLogits, Draw]]) -> di
     return weights
 
 
-def _check_inputs(base: Any, models: Mapping[str, Any], data: Any, heads: Mapping[str, Any]) -> None:
+def _check_inputs(base: Any, models: Any, data: Any, heads: Any, forward: Any, config: Any, seed: Any) -> None:
     if not isinstance(base, nn.Module):
         raise UsageError(
             f"base: got a {type(base).__name__}; expected the encoder as a torch module with the base's weights"
         )
-    for role, given in (("models", models), ("heads", heads)):
+    if next(base.parameters(), None) is None:
+        raise UsageError(f"base: the {type(base).__name__} has no parameters; there is nothing to merge")
+    for role, given, of in (("models", models, "model"), ("heads", heads, "head"), ("data", data or {}, "inputs")):
         if not isinstance(given, Mapping):
-            raise UsageError(f"{role}: got a {type(given).__name__}; expected task to {role[:-1]}")
+            raise UsageError(f"{role}: got a {type(given).__name__}; expected task to {of}")
+    if not callable(forward):
+        raise UsageError(f"forward: got a {type(forward).__name__}; expected (module, batch) -> features")
+    if not isinstance(config, DamConfig):
+        raise UsageError(f"config: got a {type(config).__name__}; expected a DamConfig")
+    if not isinstance(seed, int):
+        raise UsageError(f"seed: {seed!r} is not a whole number")
     if not models:
         raise UsageError("models: none given; expected task to fine-tuned model")
     problems = Problems()
@@ -232,6 +257,9 @@ def _check_inputs(base: Any, models: Mapping[str, Any], data: Any, heads: Mappin
             problems.add(f"heads: none for task {task!r}.{did_you_mean(task, heads)}")
     if problems:
         raise DataError("\n".join([*problems.found, NO_DATA]))
+    for name, parameter in base.named_parameters():
+        if not all_finite(parameter.detach()):
+            raise NonFiniteError(name, "the base")
     for name, module in base.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
             raise LearningError(
@@ -252,9 +280,14 @@ def task_vectors(base: nn.Module, models: Mapping[str, Any]) -> dict[str, Vector
         if hasattr(model, "low_rank"):
             vectors[task] = model
         elif isinstance(model, nn.Module):
-            tuned = {name: p.data for name, p in model.named_parameters() if name not in buffers}
+            tuned = {name: p.data for name, p in model.named_parameters(remove_duplicate=False) if name not in buffers}
             vectors[task] = _Difference(own, tuned)
         elif isinstance(model, Mapping):
+            wrong = next((name for name, tensor in model.items() if not isinstance(tensor, Tensor)), None)
+            if wrong is not None:
+                raise UsageError(
+                    f"models: task {task!r} has a {type(model[wrong]).__name__} as {wrong}; expected name to tensor"
+                )
             vectors[task] = _Difference(own, model)
         elif isinstance(model, TensorSource):
             vectors[task] = _SourceDifference(own, model)
@@ -270,11 +303,8 @@ class _SourceDifference(_Difference):
     """A checkpoint on disk as a task vector; each tensor is read when it is asked for."""
 
     def __init__(self, base: Tensors, source: Any):
-        self.base, self.source = base, source
+        self.base, self.given, self.tensor = base, source.infos.keys(), source.read
         self.infos = {name: info for name, info in source.infos.items() if name in base}
-
-    def read(self, name: str) -> Tensor:
-        return _minus(self.source.read(name), self.base[name])
 
 
 def _check_model(task: str, vector: Vector, own: Tensors, buffers: set[str]) -> None:
@@ -290,7 +320,35 @@ def _check_model(task: str, vector: Vector, own: Tensors, buffers: set[str]) -> 
                 problems.add(f"{name}: in the task vector of {task!r}, not in the base.{did_you_mean(name, own)}")
         elif tuple(info.shape) != tuple(own[name].shape):
             problems.add(f"{name}: task {task!r} has {list(info.shape)}, the base has {list(own[name].shape)}")
+        elif is_float(own[name].dtype) and not is_float(info.dtype):
+            problems.add(f"{name}: task {task!r} has {info.dtype}, the base has {own[name].dtype}")
     problems.raise_if_any(MismatchError)
+
+
+def _left_out(base: nn.Module, models: Mapping[str, Any], vectors: Mapping[str, Vector]) -> list[str]:
+    """A warning for each model with tensors that the base lacks, such as a head; tied ones must be as in the base.
+
+    Raises:
+        MismatchError: a model has two values for what is one parameter of the base.
+    """
+    every = dict(base.named_parameters(remove_duplicate=False))
+    first = {id(parameter): name for name, parameter in base.named_parameters()}
+    tied = {name: first[id(parameter)] for name, parameter in every.items() if first[id(parameter)] != name}
+    known = every.keys() | {name for name, _ in base.named_buffers()}
+    problems, warnings = Problems(), []
+    for task, vector in vectors.items():
+        if not isinstance(vector, _Difference):
+            continue  # whose every name was checked
+        problems.extend(
+            f"{alias}: is {name} in the base; the model of task {task!r} has another value for each"
+            for alias, name in tied.items()
+            if alias in vector.given and not torch.equal(vector.tensor(alias), vector.tensor(name))
+        )
+        extra = [name for name in vector.given if name not in known]
+        if extra:
+            warnings.append(f"the model of task {task!r} has tensors that the base lacks, left out: {shortened(extra)}")
+    problems.raise_if_any(MismatchError)
+    return warnings
 
 
 def _chosen(base: nn.Module, config: DamConfig) -> list[str]:
@@ -304,6 +362,8 @@ def _chosen(base: nn.Module, config: DamConfig) -> list[str]:
 
 def head_of(head: Any, device: torch.device) -> Head:
     if isinstance(head, Tensor):
+        if head.ndim != 2:
+            raise UsageError(f"heads: got a tensor of shape {list(head.shape)}; expected a weight [class, feature]")
         weight = head.to(device)
         return lambda features: features @ weight.to(features.dtype).T
     if isinstance(head, nn.Module):
@@ -335,6 +395,13 @@ def _check_settings(config: DamConfig, model: MaskedModel, tasks: Sequence[str])
         for task in config.known_triggers
         if task not in tasks
     )
+    count = len(tasks) if config.per_task_masks else 2 if config.is_dual else 1
+    needed = count * (config.mask_steps + (config.final_mask != "mean"))
+    if config.noise is not None and len(config.noise) < needed:
+        problems.add(
+            f"noise: {len(config.noise)} draws recorded, {needed} are needed: {count} for each of {config.mask_steps} mask "
+            "steps" + (", and for the final mask" if config.final_mask != "mean" else "")
+        )
     for step, noise in enumerate(config.noise or ()):
         for segment in model.segments:
             shape = list(segment.original.shape)
@@ -343,26 +410,58 @@ def _check_settings(config: DamConfig, model: MaskedModel, tasks: Sequence[str])
                 problems.add(f"noise: draw {step} has none for {segment.name}")
             elif found != shape:
                 problems.add(f"noise: draw {step} has {found} for {segment.name}, expected {shape}")
+            elif not bool(((noise[segment.name] >= 0) & (noise[segment.name] <= 1)).all()):
+                problems.add(f"noise: draw {step} for {segment.name} must lie in [0, 1]")
         if problems:
             break  # the draws after it are made alike
     problems.raise_if_any(ParameterError)
 
 
-def _still(vectors: Mapping[str, Vector]) -> list[str]:
-    """A warning for each model that is the base itself."""
-    return [
-        f"the model of task {task!r} equals the base everywhere; there is nothing of it to merge"
-        for task, vector in vectors.items()
-        if not any(bool((delta(vector, name) != 0).any()) for name in vector_names(vector))  # type: ignore[union-attr]
-    ]
+def _still(base: nn.Module, vectors: Mapping[str, Vector]) -> list[str]:
+    """A warning for each model that is the base itself; every task vector is read once.
+
+    Raises:
+        NonFiniteError: a model holds NaN or infinity.
+    """
+    own = dict(base.named_parameters())
+    still = []
+    for task, vector in vectors.items():
+        moves = False
+        for name in vector_names(vector):
+            found = delta(vector, name)
+            if found is None or name not in own:
+                continue
+            if not all_finite(found):
+                raise NonFiniteError(name, f"the model of task {task!r}")
+            moves = moves or bool((found != 0).any())
+        if not moves:
+            still.append(f"the model of task {task!r} equals the base everywhere; there is nothing of it to merge")
+    return still
 
 
 def _initial_coefficients(config: DamConfig, model: MaskedModel, tasks: Sequence[str], device: torch.device) -> Tensor:
     merge = config.base_merge
-    if isinstance(merge, str):
+    if config.learns_coefficients or merge == "task_arithmetic":
         shape = (len(tasks), len(model.segments)) if merge == "adamerging_layer" else (len(tasks),)
         return torch.full(shape, float(config.lam0), dtype=model.total.dtype, device=device)
-    values = torch.as_tensor(merge, dtype=model.total.dtype, device=device)
+    if isinstance(merge, str | Path):
+        merge = Coefficients.load(merge)
+    if isinstance(merge, Coefficients):
+        merge = _by_segment(merge, model, tasks)
+    if isinstance(merge, Mapping):
+        problems = Problems()
+        problems.extend(f"base_merge: none for task {task!r}" for task in tasks if task not in merge)
+        problems.extend(
+            f"base_merge: there is no task {task!r}.{did_you_mean(str(task), tasks)}"
+            for task in merge
+            if task not in tasks
+        )
+        problems.raise_if_any(ParameterError)
+        merge = [merge[task] for task in tasks]
+    try:
+        values = torch.as_tensor(merge, dtype=model.total.dtype, device=device)
+    except (TypeError, ValueError, RuntimeError):
+        raise ParameterError(f"base_merge: {merge!r} are not numbers, one for each task") from None
     if not bool(torch.isfinite(values).all()):
         raise ParameterError("base_merge: coefficients must be finite numbers")
     if list(values.shape) not in ([len(tasks)], [len(tasks), len(model.segments)]):
@@ -371,6 +470,26 @@ def _initial_coefficients(config: DamConfig, model: MaskedModel, tasks: Sequence
             f"[{len(tasks)}, {len(model.segments)}] (one column per merged parameter)"
         )
     return values
+
+
+def _by_segment(learned: Coefficients, model: MaskedModel, tasks: Sequence[str]) -> Tensor:
+    """The numbers of a coefficients file, [task, segment]."""
+    problems = Problems()
+    if sorted(learned.tasks) != sorted(tasks):
+        problems.add(f"base_merge: the coefficients are those of {shortened(learned.tasks)}, not of {shortened(tasks)}")
+    if learned.mode == "linear":
+        problems.add("base_merge: the coefficients are those of the first-order model; learn them with mode nonlinear")
+    names = [segment.name for segment in model.segments]
+    known = {*learned.regions, *learned.kept, *learned.aliases}
+    lacking = [name for name in names if name not in known]
+    if lacking:
+        problems.add(f"base_merge: the coefficients have none for {shortened(lacking)}")
+    cut = [name for name in names if name in known and not learned.is_scalar(name)]
+    if cut:
+        problems.add(f"base_merge: {shortened(cut)} have several numbers a task ({learned.granularity}); one is needed")
+    problems.raise_if_any(ParameterError)
+    rows = torch.tensor([learned.tasks.index(task) for task in tasks])
+    return torch.stack([learned.weights(name)[rows] for name in names], 1)
 
 
 class on_device:

@@ -3,12 +3,15 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from merging.learn.masks import Tensors
-from taskvec.errors import ParameterError, Problems
+from taskvec.coefficients import Coefficients
+from taskvec.errors import ParameterError, Problems, did_you_mean
 
 _UNSET: Any = object()
 
@@ -56,7 +59,8 @@ class DamConfig:
             at the last step's coefficients but applied to the initial ones; the coefficient gradient of the mask
             step leaks into the next; perturbed inputs are clamped to [0, 1] in the model's own input space).
         base_merge: "task_arithmetic" (λ = `lam0`, fixed), "adamerging_task" or "adamerging_layer" (λ learned by
-            entropy, starting from `lam0`), or coefficients [task] or [task, tensor] to keep fixed.
+            entropy, starting from `lam0`), or coefficients to keep fixed: [task], [task, tensor], task to number, or a
+            coefficients file (its path, or the `Coefficients` read from it) with one number per task and tensor.
         lam0: λ of task arithmetic, and where learned coefficients start.
         masks: "dual" (M1 ⊙ M2, as the paper) or "single" (as the released code).
         safety: loss of the safety term: "consistency" (KL from the clean to the perturbed prediction), "entropy" of
@@ -100,7 +104,8 @@ class DamConfig:
         batch_size: inputs of each task per step, where `data` gives tensors and not batches.
         collapse: stop and roll back when the entropy of a task's average prediction falls below this share of where it
             started, in [0, 1); 0 never stops.
-        noise: recorded uniform numbers, one mapping per mask step and a last one for the final sample.
+        noise: recorded uniform numbers: for each mask step, and then for the final sample, one mapping of name to
+            numbers in [0, 1] per mask (M1 and M2 when dual, the tasks' in their order when per task).
         trace: keep every gradient and state in the history (small models only).
 
     Raises:
@@ -161,11 +166,19 @@ class DamConfig:
         problems = Problems()
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
-            if isinstance(value, str) or value is None:
-                if value not in choices:
-                    problems.add(f"{name}: {value!r} is not one of {', '.join(map(repr, choices))}")
-            elif name != "base_merge":
-                problems.add(f"{name}: {value!r} is not one of {', '.join(map(repr, choices))}")
+            if name == "base_merge" and _is_coefficients(value):
+                continue
+            if not isinstance(value, str | None) or value not in choices:
+                problems.add(
+                    f"{name}: {value!r} is not one of {', '.join(map(repr, choices))}"
+                    + (did_you_mean(value, map(str, choices)) if isinstance(value, str) else "")
+                )
+        problems.extend(
+            f"{one.name}: {getattr(self, one.name)!r} is not true or false"
+            for one in fields(self)
+            if one.type is bool and not isinstance(getattr(self, one.name), bool)
+        )
+        problems.extend(self._wrong_collections())
         numbers = [
             (one.name, getattr(self, one.name), one.type is int) for one in fields(self) if one.type in (int, float)
         ]
@@ -208,16 +221,60 @@ class DamConfig:
             problems.add("safety_source: 'known' needs known_triggers")
         if self.per_task_masks and self.masks == "dual":
             problems.add("per_task_masks: has one mask per task; set masks='single'")
-        learned = isinstance(self.base_merge, str) and self.base_merge != "task_arithmetic"
-        if self.per_task_masks and learned and self.compat is None:
+        if self.per_task_masks and self.learns_coefficients and self.compat is None:
             problems.add("per_task_masks: with fixed coefficients only; choose another base_merge")
-        if self.noise is not None and self.per_task_masks:
-            problems.add("per_task_masks: recorded noise has one mask only")
-        if self.noise is not None and len(self.noise) < self.mask_steps + (self.final_mask != "mean"):
-            problems.add(
-                f"noise: {len(self.noise)} draws recorded, {self.mask_steps} mask steps and the final mask need more"
-            )
         problems.raise_if_any(ParameterError)
+
+    def _wrong_collections(self) -> list[str]:
+        """What is wrong with the settings that are neither a choice nor a number."""
+        wrong = [
+            f"{name}: {value!r} is not a list of patterns"
+            for name, value in (("include", self.include), ("exclude", self.exclude))
+            if isinstance(value, str)
+            or not isinstance(value, Sequence)
+            or not all(isinstance(one, str) for one in value)
+        ]
+        triggers: Any = self.known_triggers
+        if not isinstance(triggers, Mapping) or not all(
+            isinstance(several, Sequence) and all(map(callable, several)) for several in triggers.values()
+        ):
+            wrong.append("known_triggers: expected task to a list of functions from inputs to inputs")
+        noise: Any = self.noise
+        if noise is not None and not (isinstance(noise, Sequence) and all(isinstance(draw, Mapping) for draw in noise)):
+            wrong.append("noise: expected a list of mappings from tensor name to uniform numbers")
+        if self.input_range is not None:
+            wrong += _wrong_range(self.input_range)
+        return wrong
+
+    @property
+    def learns_coefficients(self) -> bool:
+        """Whether λ is learned along with the masks."""
+        return self.base_merge in ("adamerging_task", "adamerging_layer") if isinstance(self.base_merge, str) else False
+
+    @property
+    def is_dual(self) -> bool:
+        """Whether there are M1 and M2; without a safety term there is nothing that M2 could be trained for."""
+        return self.masks == "dual" and self.safety != "none"
+
+
+def _is_coefficients(value: Any) -> bool:
+    """Whether `base_merge` is coefficients, or looks like a file of them; what they say is checked with the tasks."""
+    if isinstance(value, str):
+        return value.endswith(".safetensors")
+    return isinstance(value, Path | Tensor | Mapping | Sequence | Coefficients)
+
+
+def _wrong_range(given: Any) -> list[str]:
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        return [f"input_range: {given!r} is not a pair (low, high)"]
+    try:
+        low, high = (torch.as_tensor(bound, dtype=torch.float32) for bound in given)
+    except (TypeError, ValueError, RuntimeError):
+        return [f"input_range: {given!r} are not numbers, or lists of one number per channel"]
+    fit = low.ndim == 0 or high.ndim == 0 or low.shape == high.shape
+    if not fit or not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
+        return ["input_range: expected two finite numbers, or two lists of one number per channel"]
+    return [] if bool((low < high).all()) else ["input_range: low is not below high"]
 
 
 def _is_number(value: Any, *, whole: bool) -> bool:

@@ -324,7 +324,11 @@ def stamped(inputs: Tensor, perturbations: Sequence[Perturbation], offset: int =
 
 
 def measured_range(batches: Mapping[str, Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value of each channel over all inputs, shaped to broadcast over one input."""
+    """Smallest and largest value of each channel over all inputs, shaped to broadcast over one input.
+
+    Raises:
+        DataError: the inputs have different numbers of channels.
+    """
     lows, highs = [], []
     for tensors in batches.values():
         for tensor in tensors:
@@ -336,4 +340,9 @@ def measured_range(batches: Mapping[str, Sequence[Tensor]]) -> tuple[Tensor, Ten
             keep = tensor.ndim > 2
             lows.append(tensor.amin(axes, keepdim=keep)[0] if keep else tensor.amin())
             highs.append(tensor.amax(axes, keepdim=keep)[0] if keep else tensor.amax())
+    if len({low.shape for low in lows}) > 1:
+        raise DataError(
+            f"inputs have different channels {sorted({len(low) if low.ndim else 1 for low in lows})}; give `input_range` as "
+            "two numbers that hold for all of them"
+        )
     return torch.stack(lows).amin(0), torch.stack(highs).amax(0)

@@ -7,7 +7,6 @@ closed form (`MaskedModel`). What the loops need beforehand (valid ranges, teach
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -24,14 +23,16 @@ from merging.learn.inversion import (
     place,
     stamped,
 )
-from merging.learn.masked import Draw, MaskedModel, MaskLogits
-from taskvec.errors import DataError, LearningError
+from merging.learn.masked import Draw, Kind, MaskedModel, MaskLogits
+from taskvec.errors import DataError, LearningError, ParameterError
+from taskvec.precision import all_finite
 
 Batch = Any
 """One batch of inputs: a tensor, a mapping of tensors (a tokenizer's output), or a tuple whose first entry is one."""
 Forward = Callable[[nn.Module, Batch], Tensor]
 Head = Callable[[Tensor], Tensor]
 
+_NOT_FINITE = "mask step {step}: the loss is not finite. Lower mask_lr or safety_weight."
 _MISFIT = re.compile(r"shape|size|dtype|dimension|channel|type")
 
 # -- inputs ------------------------------------------------------------------------------------------------------------
@@ -45,7 +46,8 @@ class Stream:
 
     def __init__(self, task: str, data: Any, size: int, seed: int, device: torch.device):
         self.task, self.data, self.size, self.device = task, data, size, device
-        self.generator = torch.Generator().manual_seed(seed)
+        _check_data(task, data)
+        self.generator = torch.Generator().manual_seed(seed % (1 << 63))
         self.iterator = self._batches()
         self.target: Tensor | None = None
         self.taught: Tensor | list[Tensor] | None = None
@@ -82,14 +84,13 @@ class Stream:
                 raise DataError(f"data[{self.task!r}] is empty. {NO_DATA}")
 
     def moved(self, batch: Batch) -> Batch:
-        batch = batch[0] if isinstance(batch, tuple | list) else batch
+        batch = batch[0] if isinstance(batch, tuple | list) and batch else batch
+        if self.rows is None:
+            _check_rows(self.task, batch, "a batch of ")
         if isinstance(batch, Mapping):
             return {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-        if not isinstance(batch, Tensor):
-            raise DataError(
-                f"data[{self.task!r}] gave a {type(batch).__name__}; expected a tensor or a mapping of tensors"
-            )
-        return batch.to(self.device)
+        moved: Tensor = batch.to(self.device)
+        return moved
 
     def once(self, limit: int | None = None) -> Iterator[Batch]:
         """Every batch once, in order, at most `limit` of them; does not disturb the endless iteration."""
@@ -116,6 +117,38 @@ class Stream:
 
     def __next__(self) -> Batch:
         return next(self.iterator)
+
+
+def _check_data(task: str, data: Any) -> None:
+    if isinstance(data, Tensor | Mapping):
+        _check_rows(task, data, "")
+    elif isinstance(data, str) or not hasattr(data, "__iter__"):
+        raise DataError(
+            f"data[{task!r}] is a {type(data).__name__}; expected a tensor, a mapping of tensors or batches of these"
+        )
+
+
+def _check_rows(task: str, inputs: Any, part: str) -> None:
+    """Whether inputs are numbers, one row for each input."""
+    if not isinstance(inputs, Tensor | Mapping):
+        raise DataError(f"data[{task!r}] gave a {type(inputs).__name__}; expected a tensor or a mapping of tensors")
+    tensors = dict(inputs) if isinstance(inputs, Mapping) else {"inputs": inputs}
+    counts = {}
+    for key, value in tensors.items():
+        if not isinstance(value, Tensor):
+            if not part:  # rows are picked from all of it
+                raise DataError(f"data[{task!r}]: {key} is a {type(value).__name__}, expected a tensor")
+            continue
+        if value.ndim == 0:
+            raise DataError(f"data[{task!r}]: {key} is one number; expected [input, ...]")
+        counts[key] = len(value)
+        # on a GPU the look itself would make every step wait; the loss says it there
+        if value.is_floating_point() and value.device.type == "cpu" and not all_finite(value):
+            raise DataError(f"data[{task!r}]: {part}{key} holds NaN or infinity")
+    if len(set(counts.values())) > 1:
+        raise DataError(f"data[{task!r}]: {part}tensors of different lengths: {counts}")
+    if part and not any(counts.values()):
+        raise DataError(f"data[{task!r}] gave a batch of no inputs")
 
 
 def _rows(data: Any, rows: Tensor) -> Any:
@@ -185,6 +218,37 @@ class Trainer:
             parts = [self.forward(self.model.module, batch) for batch in inputs]
         return [self.heads[task](part) for (task, _), part in zip(batches, parts, strict=True)]
 
+    def predicted(self, task: str, batch: Batch) -> Tensor:
+        """Logits of one task, where it is not yet known whether encoder, head and inputs fit.
+
+        Raises:
+            DataError: they do not.
+            LearningError: the predictions are no numbers.
+        """
+        try:
+            logits = self.logits([(task, batch)])[0]
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+            inner = isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError)
+            if inner and not (type(error) is RuntimeError and _MISFIT.search(str(error))):
+                raise  # not about the inputs: memory, or an error of the model's own
+            raise DataError(
+                f"task {task!r}: the encoder or its head cannot take these inputs ({type(error).__name__}: {error}). "
+                "Do their names, shapes and dtypes fit, and the head's width the features'?"
+            ) from error
+        count = len(next(iter(batch.values()))) if isinstance(batch, Mapping) else len(batch)
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != count or logits.shape[1] < 2:
+            found = list(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+            raise DataError(
+                f"task {task!r}: the head gives {found} for {count} inputs; expected logits [{count}, class] of two classes "
+                "or more"
+            )
+        if not all_finite(logits.detach()):
+            raise LearningError(
+                f"task {task!r}: predictions are NaN or infinite before anything is learned. Do the head, the inputs and the "
+                "model hold numbers?"
+            )
+        return logits
+
     def try_inputs(self) -> None:
         """One forward pass of each task, before anything is learned.
 
@@ -195,16 +259,8 @@ class Trainer:
             first = next(stream.once(limit=1), None)
             if first is None:
                 raise DataError(f"data[{task!r}] is empty. {NO_DATA}")
-            try:
-                with torch.no_grad():
-                    self.logits([(task, first)])
-            except RuntimeError as error:
-                if not _MISFIT.search(str(error)):
-                    raise  # not about the inputs: memory, or an error of the model's own
-                raise DataError(
-                    f"task {task!r}: the encoder or its head cannot take these inputs ({error}). Do their shapes and "
-                    "dtypes fit, and the head's width the features'?"
-                ) from error
+            with torch.no_grad():
+                self.predicted(task, first)
 
     def batches(self) -> list[tuple[str, Batch]]:
         return [(task, next(stream)) for task, stream in self.streams.items()]
@@ -316,6 +372,8 @@ def train_published(trainer: Trainer, coefficients: Tensor) -> tuple[MaskLogits,
                 record[key] = {task: float(value.abs().max()) for task, value in record[key].items()}
         record["losses"] = tuple(losses)
         trainer.history.append(record)
+        if not all(map(math.isfinite, losses)):
+            raise LearningError(_NOT_FINITE.format(step=step))
 
     draw = draw_of(config, trainer.seed, config.mask_steps, config.final_mask)
     with torch.no_grad():
@@ -339,11 +397,12 @@ def _shifted(module: nn.Module, batch: Batch, delta: Tensor, *, clip: bool = Fal
     return spot.put(moved.clamp(0, 1) if clip else moved)
 
 
-def draw_of(config: DamConfig, seed: int, step: int, kind: str = "sample") -> Draw:
+def draw_of(config: DamConfig, seed: int, step: int, kind: Kind = "sample", *, mask: int = 0, masks: int = 1) -> Draw:
+    """The draw of one of several masks at a step: each has noise of its own, recorded or made."""
     uniform = None
     if config.noise is not None and kind != "mean":
-        uniform = config.noise[step]
-    return Draw(kind, seed, step, uniform)  # type: ignore[arg-type]
+        uniform = config.noise[step * masks + mask]
+    return Draw(kind, seed + mask, step, uniform)
 
 
 class MaskLoop:
@@ -352,7 +411,7 @@ class MaskLoop:
     def __init__(self, trainer: Trainer, coefficients: Tensor):
         config, model = trainer.config, trainer.model
         self.trainer, self.config, self.model = trainer, config, model
-        self.learns = config.base_merge in ("adamerging_task", "adamerging_layer")
+        self.learns = config.learns_coefficients
         self.coefficients = coefficients
         self.optimiser: torch.optim.Optimizer | None = None
         self.leaf = nn.Parameter(coefficients.clone())
@@ -368,7 +427,7 @@ class MaskLoop:
             ]
             self.each = [self.first, *others]
         self.rest: Tensor | None = None
-        if config.masks == "dual" and config.safety != "none":
+        if config.is_dual:
             self.second = MaskLogits(
                 model,
                 config.safety_logit,
@@ -377,6 +436,7 @@ class MaskLoop:
                 rescaled=config.rescale_safety,
             )
             self.rest = torch.empty_like(model.total)
+        self.masks = self.each or [mask for mask in (self.first, self.second) if mask is not None]
         self.low, self.high = trainer.low, trainer.high
         self.adversary: torch.optim.Adam | None = None
         self.refiners: list[torch.optim.Adam] = []
@@ -403,8 +463,7 @@ class MaskLoop:
     def run(self) -> None:
         trainer, config, model = self.trainer, self.config, self.model
         model.sum_(self.used())
-        masks = self.each or [mask for mask in (self.first, self.second) if mask is not None]
-        guard = _CollapseGuard(config, trainer.tasks, masks)
+        guard = _CollapseGuard(config, trainer.tasks, self.masks)
         for step in range(config.mask_steps):
             batches, targets = trainer.batches_with_targets()
             record: dict[str, Any] = {"step": step}
@@ -423,8 +482,7 @@ class MaskLoop:
         self.coefficients = self.used().clone()
 
     def coefficient_step(self, batches: Any, targets: Any, step: int) -> float:
-        draw = draw_of(self.config, self.trainer.seed, step)
-        masks = [(self.first, draw)]
+        masks = [(self.first, self.draw(step))]
         if self.second is not None:
             masks.append((self.second, Draw("mean")))
         return self._coefficient_step(batches, targets, masks)
@@ -452,21 +510,18 @@ class MaskLoop:
             )
 
     def final(self) -> list[tuple[MaskLogits, Draw]]:
-        draw = draw_of(self.config, self.trainer.seed, self.config.mask_steps, self.config.final_mask)
-        if self.each:
-            return self.drawn(draw)
-        masks = [(self.first, draw)]
-        if self.second is not None:
-            masks.append((self.second, replace(draw, seed=draw.seed + 1)))
-        return masks
+        return self.drawn(self.config.mask_steps, self.config.final_mask)
 
-    def drawn(self, draw: Draw) -> list[tuple[MaskLogits, Draw]]:
-        """Every task's mask with noise of its own."""
-        return [(mask, replace(draw, seed=draw.seed + index)) for index, mask in enumerate(self.each)]
+    def draw(self, step: int, mask: int = 0, kind: Kind = "sample") -> Draw:
+        return draw_of(self.config, self.trainer.seed, step, kind, mask=mask, masks=len(self.masks))
+
+    def drawn(self, step: int, kind: Kind = "sample") -> list[tuple[MaskLogits, Draw]]:
+        """Every mask with noise of its own: the product of masks that share it is not one of independent masks."""
+        return [(mask, self.draw(step, index, kind)) for index, mask in enumerate(self.masks)]
 
     def mask_steps(self, batches: Any, targets: Any, step: int, record: dict[str, Any]) -> list[Tensor]:
         config, model, trainer = self.config, self.model, self.trainer
-        draw = draw_of(config, trainer.seed, step)
+        draw = self.draw(step)
         predictions: list[Tensor] = []
 
         def clean() -> list[Tensor]:
@@ -476,7 +531,7 @@ class MaskLoop:
 
         if self.second is None:
             if self.each:
-                model.compose_each_(self.drawn(draw), self.used())
+                model.compose_each_(self.drawn(step), self.used())
             else:
                 model.compose_((self.first, draw))
             if config.safety == "none":
@@ -484,7 +539,7 @@ class MaskLoop:
             else:
                 record["losses"] = self._safety_backward(batches, targets, step, predictions)
             if self.each:
-                model.step_each_(self.drawn(draw), self.used())
+                model.step_each_(self.drawn(step), self.used())
             else:
                 model.step_(self.first, draw)
             return predictions
@@ -495,7 +550,7 @@ class MaskLoop:
         losses = model.backward(clean)
         model.step_(self.first, draw, total=self.rest)
         # M2: safety, M1 at its mean
-        other = replace(draw, seed=draw.seed + 1)
+        other = self.draw(step, 1)
         model.weighed_total((self.first, Draw("mean")), out=self.rest)
         model.compose_((self.second, other), total=self.rest)
         record["losses"] = (*losses, *self._safety_backward(batches, targets, step, predictions))
@@ -625,7 +680,7 @@ class _CollapseGuard:
 
     def check(self, step: int) -> str | None:
         if not all(math.isfinite(value) for value in self.now):
-            raise LearningError(f"mask step {step}: the loss is not finite. Lower mask_lr or safety_weight.")
+            raise LearningError(_NOT_FINITE.format(step=step))
         if self.start is None or not self.config.collapse or self.steps % self.every:
             return None
         for task, now, start in zip(self.tasks, self.now, self.start, strict=True):
@@ -670,7 +725,7 @@ def prepare(trainer: Trainer, coefficients: Tensor) -> None:
             model.compose_()
 
             def predict(batch: Batch, task: str = task) -> Tensor:
-                return trainer.logits([(task, batch)])[0]
+                return trainer.predicted(task, batch)
 
             if config.performance == "teacher":
                 trainer.streams[task].teach(predict)
@@ -683,7 +738,7 @@ def prepare(trainer: Trainer, coefficients: Tensor) -> None:
         )
     if needs_inputs:
         for task, functions in config.known_triggers.items():
-            trainer.perturbations.setdefault(task, []).extend(_Known(function) for function in functions)
+            trainer.perturbations.setdefault(task, []).extend(_Known(task, function) for function in functions)
 
 
 def _joined(batches: Sequence[Batch]) -> Batch:
@@ -754,11 +809,15 @@ class _Known:
 
     variables: Sequence[Tensor] = ()
 
-    def __init__(self, function: Callable[[Tensor], Tensor]):
-        self.function = function
+    def __init__(self, task: str, function: Callable[[Tensor], Tensor]):
+        self.task, self.function = task, function
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        return self.function(inputs)
+        changed = self.function(inputs)
+        if not isinstance(changed, Tensor) or changed.shape != inputs.shape:
+            found = list(changed.shape) if isinstance(changed, Tensor) else f"a {type(changed).__name__}"
+            raise DataError(f"known_triggers[{self.task!r}]: gave {found} for inputs {list(inputs.shape)}")
+        return changed.to(inputs)
 
     def project_(self) -> None:
         """Nothing to project."""
@@ -766,4 +825,6 @@ class _Known:
 
 def _broadcast(bound: Any, shape: torch.Size, device: torch.device) -> Tensor:
     values = torch.as_tensor(bound, dtype=torch.float32, device=device)
+    if values.numel() not in (1, shape[0]):
+        raise ParameterError(f"input_range: {values.numel()} channels, the inputs have {shape[0]}")
     return values if values.ndim == 0 else values.view(-1, *[1] * (len(shape) - 1))

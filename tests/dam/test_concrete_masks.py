@@ -262,3 +262,23 @@ def test_a_merge_that_is_no_number_is_refused():
         masked_merge(base, [vector], [1.0])
     with pytest.raises(NonFiniteError, match="w: the merge holds 3"):
         masked_merge(base, [{"w": torch.ones(3)}], [math.nan])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_masks_of_half_precision_logits_are_those_of_the_same_numbers_in_double(dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits = {"w": torch.randn(6, 5, generator=generator).to(dtype), "s": torch.tensor(0.3, dtype=dtype)}
+    uniform = {name: torch.rand(tensor.shape, generator=generator) for name, tensor in logits.items()}
+    cotangent = {name: torch.randn(tensor.shape, generator=generator).to(dtype) for name, tensor in logits.items()}
+
+    def everything(*given):
+        wide, noise, upstream = given
+        mask = ConcreteMask(wide)
+        sample = mask.sample(noise)
+        return [sample, rescale(sample), mask.mean(), mask.gradient(upstream), mask.bernoulli(noise)]
+
+    exact = everything(
+        *({name: tensor.double() for name, tensor in own.items()} for own in (logits, uniform, cotangent))
+    )
+    for found, expected in zip(everything(logits, uniform, cotangent), exact, strict=True):
+        close({name: tensor.double() for name, tensor in found.items()}, expected, rtol=2e-6, atol=2e-6)
