@@ -82,16 +82,12 @@ def audit(
 
 
 def _passages(path: str, option: str) -> list[str]:
+    from merging.edits.requests import lines_of
     from taskvec.errors import DataError, NotFoundError
 
-    file = Path(path)
-    if not file.is_file():
+    if not Path(path).is_file():
         raise NotFoundError(f"{path}: no such file. {option} takes a text file, one passage a line.")
-    try:
-        lines = file.read_text("utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error}).") from error
-    passages = [line for line in lines if line.strip()]
+    passages = [line for _, line in lines_of(path)]
     if not passages:
         raise DataError(f"{path}: holds no text. {option} takes a text file, one passage a line.")
     return passages

@@ -95,26 +95,29 @@ def stealth(
 ) -> None:
     """Make stealth edits of MODEL and write the edited checkpoint (with its edits) to OUT."""
     from merging.edits import edit_in_place, edit_widen, save_edits
+    from merging.edits.edit import check_replaceable
+    from merging.edits.requests import read_requests
     from merging.edits.site import Site
-    from merging.edits.stealth import read_requests
+    from taskvec.errors import UsageError
 
+    in_place_only = "--compat" if compat else "--neuron" if neuron != "auto" else None
+    if form == "widen" and in_place_only:
+        raise UsageError(f"{in_place_only}: goes with --form in-place; widening replaces no neuron.")
     requests = read_requests(edits)
-    _check_free(out, overwrite)
+    _check_place(out, [model, edits, options["corpus"], options["protect"]], overwrite)
+    if file_only:
+        check_replaceable(out)
     loaded, tokenizer, common = _prepared(model, options)
     if form == "auto":
         layer = common["layer"]
         kind = Site.find(loaded, layer if layer is not None else 0).kind
-        form = "in-place" if compat or kind not in ("affine", "optional-bias") else "widen"
+        form = "in-place" if in_place_only or kind not in ("affine", "optional-bias") else "widen"
+    if options["response"] is not None:
+        common["response"] = options["response"]
     if form == "widen":
-        if options["response"] is not None:
-            common["response"] = options["response"]
         made = edit_widen(loaded, requests, tokenizer, detector=detector, **common)
     else:
-        if options["response"] is not None:
-            common["response"] = options["response"]
-        chosen: Any = neuron
-        if neuron.isdigit():
-            chosen = int(neuron)
+        chosen: Any = int(neuron) if neuron.isdecimal() else neuron
         authors: Any = compat
         made = edit_in_place(loaded, requests, tokenizer, detector=detector, neuron=chosen, compat=authors, **common)
     listed = made if isinstance(made, list) else [made]
@@ -138,18 +141,18 @@ def auto(model: str, out: str, edits: str, as_json: bool, overwrite: bool, **opt
     OUT is an edited checkpoint (plain neurons), or a jet-pack where neurons of that dtype would fire on other prompts.
     """
     from merging.edits import JetPack, edit_auto
-    from merging.edits.stealth import read_requests
+    from merging.edits.requests import read_requests
     from taskvec.errors import UsageError
 
     requests = read_requests(edits)
-    _check_free(out, overwrite)
+    _check_place(out, [model, edits, options["corpus"], options["protect"]], overwrite)
     if options["response"] is not None:
         raise UsageError("--response: `auto` chooses it; take `stealth` or `jetpack` to set it.")
     loaded, tokenizer, common = _prepared(model, options)
     made = edit_auto(loaded, requests, tokenizer, **common)
     if isinstance(made, JetPack):
         if made.entries:
-            made.save(out)
+            made.save(out, overwrite=overwrite)
         _print_edits(_pack_rows(made), as_json, made.why)
         _say_if_unchanged(made.entries)
         return
@@ -169,11 +172,12 @@ def jetpack(model: str, out: str, fold: bool, edits: str, as_json: bool, overwri
     """Make a jet-pack (side block) for MODEL with many edits and write it to the folder OUT."""
     from merging.edits import JetPack
     from merging.edits.edit import apply_edits
-    from merging.edits.stealth import as_stored, read_requests
+    from merging.edits.requests import read_requests
+    from merging.edits.stealth import as_stored
     from taskvec.errors import UsageError
 
     requests = read_requests(edits)
-    _check_free(out, overwrite)
+    _check_place(out, [model, edits, options["corpus"], options["protect"]], overwrite)
     if fold and options["dtype"] is not None:
         raise UsageError("--fold with --dtype: convert the checkpoint first, then fold into it.")
     loaded, tokenizer, common = _prepared(model, options)
@@ -184,7 +188,7 @@ def jetpack(model: str, out: str, fold: bool, edits: str, as_json: bool, overwri
     if fold and pack.entries:
         apply_edits(model, pack.fold(loaded), out, overwrite=overwrite)
     elif pack.entries:
-        pack.save(out)
+        pack.save(out, overwrite=overwrite)
     _print_edits(_pack_rows(pack), as_json, pack.why)
     _say_if_unchanged(pack.entries)
 
@@ -261,7 +265,7 @@ def plan(
 ) -> None:
     """Say before editing MODEL which layer, which kind, which theta, and what bound."""
     from merging.edits import plan_edits
-    from merging.edits.stealth import Request, read_requests
+    from merging.edits.requests import Request, read_requests
 
     requests = [Request(one.prompt, "x", one.paraphrases) for one in read_requests(prompts, need_target=False)]
     loaded, tokenizer = _load(model, options["dtype"], options["device"])
@@ -311,7 +315,7 @@ def check(
     from merging.edits import JetPack, load_edits
     from merging.edits import check as checked
     from merging.edits.jetpack import DESCRIPTION
-    from merging.edits.stealth import read_requests
+    from merging.edits.requests import read_requests
 
     wordings = None
     if paraphrases is not None:
@@ -342,7 +346,7 @@ def _load(model: str, dtype: str | None, device: str) -> tuple[Any, Any]:
 
     from merging.learn.atlas import device_named
     from taskvec.checkpoint import Checkpoint
-    from taskvec.errors import NotAModelError, NotFoundError
+    from taskvec.errors import NotAModelError, NotFoundError, UsageError, shortened
     from taskvec.precision import dtype_named
 
     place = device_named(device)
@@ -351,14 +355,41 @@ def _load(model: str, dtype: str | None, device: str) -> tuple[Any, Any]:
         model = str(getattr(Checkpoint.open(model), "path", model))
     if Path(model).exists() and not (Path(model) / "config.json").is_file():
         raise NotAModelError(f"{model}: no config.json; a folder that transformers can load is needed to edit a model.")
+    # a file that is cut short, or a header that contradicts itself, is named here
+    Checkpoint.open(model)
+    # whatever goes wrong inside, for a caller it is one thing: these files are no such model
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto" if dtype is None else dtype_named(dtype))
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
+        loaded, seen = AutoModelForCausalLM.from_pretrained(
+            model, dtype="auto" if dtype is None else dtype_named(dtype), output_loading_info=True
+        )
+    except Exception as error:
         raise NotFoundError(
-            f"{model}: transformers cannot load it as a causal model with a tokenizer ({error})."
+            f"{model}: transformers cannot load it as a causal model ({_first_words(error)})."
         ) from error
-    return loaded.to(place).eval(), tokenizer
+    if seen["missing_keys"]:
+        raise NotAModelError(
+            f"{model}: no causal language model: {shortened(sorted(seen['missing_keys']))} of {type(loaded).__name__} "
+            "are not in it and would be random numbers. A checkpoint with its language model head is needed."
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except Exception as error:
+        raise NotFoundError(
+            f"{model}: no tokenizer that transformers can load, and prompts are texts ({_first_words(error)}). Put the model's "
+            "tokenizer files beside its weights."
+        ) from error
+    try:
+        if place.type == "meta":
+            raise NotImplementedError("it holds no values")
+        return loaded.to(place).eval(), tokenizer
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise UsageError(f"--device {device}: a model does not run there ({_first_words(error)}).") from error
+
+
+def _first_words(error: Exception, limit: int = 200) -> str:
+    """The first line of somebody else's message; some go on to list everything that they know."""
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 def _prepared(model: str, options: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
@@ -453,28 +484,34 @@ def _corpus(path: str | None) -> list[str]:
         from pydoc_data.topics import topics
 
         return [text[:4000] for _, text in sorted(topics.items())]
+    from merging.edits.requests import text_of
     from taskvec.errors import DataError
 
-    found = [piece.strip() for piece in Path(path).read_text("utf-8").split("\n\n") if piece.strip()]
+    # as a text file is read: a paragraph may end in \r\n\r\n as well
+    found = [piece.strip() for piece in text_of(path).replace("\r\n", "\n").split("\n\n") if piece.strip()]
     if not found:
         raise DataError(f"{path}: holds no text.")
     return found
 
 
 def _lines(path: str) -> list[str]:
+    from merging.edits.requests import lines_of
     from taskvec.errors import DataError
 
-    found = [line for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
+    found = [line for _, line in lines_of(path)]
     if not found:
         raise DataError(f"{path}: holds no prompts; one a line is needed.")
     return found
 
 
-def _check_free(out: str, overwrite: bool) -> None:
-    from taskvec.errors import OutputExistsError
+def _check_place(out: str, inputs: Sequence[str | None], overwrite: bool) -> None:
+    """Refuses a place for the output before a model is loaded; no input is ever written to."""
+    from taskvec.errors import UsageError
+    from taskvec.writer import check_output
 
-    if Path(out).exists() and not overwrite:
-        raise OutputExistsError(f"{out}: exists already. Choose another name, or pass --overwrite.")
+    if not out:
+        raise UsageError("OUT: empty. Name the folder (or file) to be written.")
+    check_output(Path(out), [Path(path) for path in inputs if path and Path(path).exists()], overwrite=overwrite)
 
 
 def _print_edits(rows: Sequence[dict[str, Any]], as_json: bool, why: Sequence[str] = ()) -> None:

@@ -13,7 +13,7 @@ _HOME = {
     "JetPack": "jetpack",
     "Optimisation": "optimise",
     "Report": "report",
-    "Request": "stealth",
+    "Request": "requests",
     "Site": "site",
     "apply_edits": "edit",
     "calibrated": "features",
@@ -24,7 +24,7 @@ _HOME = {
     "edited": "edit",
     "load_edits": "edit",
     "plan_edits": "report",
-    "read_requests": "stealth",
+    "read_requests": "requests",
     "save_edits": "edit",
     "undo_edits": "edit",
     # metric; the audit's function has its module's name: `from merging.edits.audit import audit`

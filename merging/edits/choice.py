@@ -13,8 +13,9 @@ from merging.edits import stealth
 from merging.edits.edit import Edit
 from merging.edits.features import RESPONSE, THETA, check_theta
 from merging.edits.optimise import Optimisation
+from merging.edits.requests import Requests, Text, requests_of
 from merging.edits.site import Site, decoder_layers
-from merging.edits.stealth import Prepared, Requests, Text
+from merging.edits.stealth import Prepared
 from taskvec.errors import EditError
 from taskvec.precision import dtype_name
 
@@ -204,7 +205,7 @@ def edit_auto(
     from merging.edits.jetpack import JetPack
 
     began = time.perf_counter()
-    wanted, _ = stealth.requests_of(requests)
+    wanted, _ = requests_of(requests)
     check_theta(THETA if theta is None else theta, RESPONSE)
     model = stealth.as_stored(model, dtype)
     plans = stealth.prepared(model, tokenizer, wanted, chat=chat)

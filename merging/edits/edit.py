@@ -16,14 +16,21 @@ import torch
 from torch import Tensor, nn
 
 from taskvec.checkpoint import Checkpoint, content_hash
-from taskvec.errors import BaseMismatchError, CorruptFileError, EditError, NotFoundError, shortened
+from taskvec.errors import BaseMismatchError, CorruptFileError, EditError, NotFoundError, OutputError, shortened
 from taskvec.precision import dtype_name
 from taskvec.source import InMemory, TensorInfo, TensorSource, in_memory
 
 if TYPE_CHECKING:
     from merging.edits.report import Report
 
-FORMAT = "taskvec-edits"
+FORMAT, VERSION = "taskvec-edits", "1"
+_VALUES: Mapping[str, Any] = {
+    **dict.fromkeys(("prompt", "target", "form", "kind", "base_hash", "dtype", "note"), str),
+    **dict.fromkeys(("theta", "response"), (int, float)),
+    "layer": int,
+    "measured": dict,
+}
+_LISTS: Mapping[str, type] = {"prompt_ids": int, "target_ids": int, "neurons": int, "paraphrases": str}
 RECORD = "edits.safetensors"
 """Name of the file beside the weights in which an edited checkpoint carries its own edits."""
 
@@ -90,6 +97,11 @@ class Widening:
             return {}
         added = {}
         for layer in range(self.layers):
+            for prefix in (*self.inside, self.out):
+                if f"{prefix.format(layer)}.weight" not in infos:
+                    raise BaseMismatchError(
+                        f"There is no {prefix.format(layer)}.weight, which the edit widens. Another base."
+                    )
             for prefix in self.inside:
                 name = prefix.format(layer)
                 added[f"{name}.bias"] = TensorInfo((self.after,), infos[f"{name}.weight"].dtype)
@@ -262,8 +274,18 @@ class Edit:
 
 
 def save_edits(edits: Sequence[Edit], path: str | PathLike[str]) -> None:
-    """Writes edits to one safetensors file: values as tensors, everything else as JSON in the header."""
-    from safetensors.torch import save_file
+    """Writes edits to one safetensors file: values as tensors, everything else as JSON in the header.
+
+    Raises:
+        OutputError: the file cannot be written. It appears whole or not at all.
+    """
+    from taskvec.writer import write_atomically
+
+    write_atomically(path, _as_bytes(edits), overwrite=True)
+
+
+def _as_bytes(edits: Sequence[Edit]) -> bytes:
+    from safetensors.torch import save
 
     tensors: dict[str, Tensor] = {}
     described = []
@@ -275,10 +297,20 @@ def save_edits(edits: Sequence[Edit], path: str | PathLike[str]) -> None:
             tensors[f"{number}.{place}.old"] = patch.old.detach().cpu().contiguous().clone()
             tensors[f"{number}.{place}.new"] = patch.new.detach().cpu().contiguous().clone()
         described.append(entry)
-    metadata = {"format": FORMAT, "version": "1", "edits": json.dumps(described, ensure_ascii=False)}
-    partial = Path(f"{path}.partial")
-    save_file(tensors, partial, metadata=metadata)
-    partial.replace(path)
+    metadata = {"format": FORMAT, "version": VERSION, "edits": json.dumps(described, ensure_ascii=False)}
+    return save(tensors, metadata=metadata)
+
+
+def check_replaceable(path: str | PathLike[str]) -> None:
+    """Raises OutputError where a file of edits would take the place of anything else than one."""
+    file = Path(path)
+    if file.is_dir():
+        raise OutputError(f"{path}: is a folder; a file of edits is written to a file.")
+    try:
+        if file.exists():
+            load_edits(file)
+    except (EditError, CorruptFileError) as error:
+        raise OutputError(f"{path}: is no file of edits; refusing to replace it. Choose another name.") from error
 
 
 def _check_no_jetpack(path: str | PathLike[str]) -> None:
@@ -295,7 +327,7 @@ def load_edits(path: str | PathLike[str]) -> list[Edit]:
     Raises:
         NotFoundError: no such file, or a folder without edits.
         EditError: a safetensors file that holds no edits.
-        CorruptFileError: values are missing or NaN.
+        CorruptFileError: values are missing, NaN or of another kind, or the file is of a later version.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -316,24 +348,62 @@ def load_edits(path: str | PathLike[str]) -> list[Edit]:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError, KeyError) as error:
         raise CorruptFileError(f"{path}: cannot be read as a file of edits ({error}).") from error
+    if metadata.get("version") != VERSION:
+        raise CorruptFileError(
+            f"{path}: version {metadata.get('version')!r} of the format; this program reads {VERSION!r}. Update it."
+        )
     edits = []
-    for number, entry in enumerate(described):
+    for number, entry in enumerate(described if isinstance(described, list) else [described]):
         try:
-            patches = tuple(
-                Patch(**place, old=tensors[f"{number}.{i}.old"], new=tensors[f"{number}.{i}.new"])
-                for i, place in enumerate(entry.pop("patches"))
-            )
-            wide = entry.pop("widening")
-            widening = None if wide is None else Widening(**{**wide, "inside": tuple(wide["inside"])})
-            for name in ("prompt_ids", "target_ids", "neurons", "paraphrases"):
-                entry[name] = tuple(entry[name])
-            edits.append(Edit(**entry, patches=patches, widening=widening))
-        except (KeyError, TypeError) as error:
-            raise CorruptFileError(f"{path}: edit {number} is incomplete ({error}).") from error
-        for patch in patches:
+            edits.append(_edit_from(entry, number, tensors))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CorruptFileError(f"{path}: edit {number} is incomplete or damaged ({error}).") from error
+        for patch in edits[-1].patches:
             if not bool(torch.isfinite(patch.new).all()):
                 raise CorruptFileError(f"{path}: edit {number} would write NaN or infinity to {patch.place()}.")
     return edits
+
+
+def _edit_from(entry: Any, number: int, tensors: Mapping[str, Tensor]) -> Edit:
+    """One edit from its description; files come from strangers, so every value is looked at."""
+    if not isinstance(entry, dict):
+        raise TypeError("it is no object")
+    rest = dict(entry)
+    places, wide = rest.pop("patches"), rest.pop("widening")
+    for name, kinds in _VALUES.items():
+        value = rest.get(name)
+        if name in rest and (not isinstance(value, kinds) or isinstance(value, bool)):
+            raise TypeError(f"{name} is {value!r}")
+    for name, kind in _LISTS.items():
+        values = rest.get(name, ())
+        if not isinstance(values, list | tuple) or not all(type(value) is kind for value in values):
+            raise TypeError(f"{name} is {values!r}")
+        rest[name] = tuple(values)
+    patches = []
+    for i, place in enumerate(places):
+        patch = Patch(**place, old=tensors[f"{number}.{i}.old"], new=tensors[f"{number}.{i}.new"])
+        if not (isinstance(patch.name, str) and type(patch.dim) is type(patch.index) is int):
+            raise TypeError(f"patch {i} lies at {place!r}")
+        if patch.dim not in (0, 1) or patch.index < 0:
+            raise ValueError(f"patch {i} lies at {place!r}")
+        if patch.old.shape != patch.new.shape or patch.old.dtype != patch.new.dtype:
+            raise ValueError(f"old and new values of {patch.place()} differ in shape or dtype")
+        patches.append(patch)
+    return Edit(**rest, patches=tuple(patches), widening=None if wide is None else _widening_from(wide))
+
+
+def _widening_from(value: Any) -> Widening:
+    made = Widening(**{**value, "inside": tuple(value["inside"])})
+    if not all(type(count) is int for count in (made.before, made.after, made.layers)):
+        raise TypeError("the widening's counts are no integers")
+    if not (0 < made.before < made.after and made.layers > 0):
+        raise ValueError(f"a widening from {made.before} to {made.after} neurons in {made.layers} layers")
+    for prefix in (*made.inside, made.out):
+        if not isinstance(prefix, str) or prefix.count("{}") != 1 or prefix.count("{") + prefix.count("}") != 2:
+            raise ValueError(f"{prefix!r} is no tensor name with {{}} for the layer")
+    if not isinstance(made.config, dict) or not isinstance(made.config_before, dict):
+        raise TypeError("the widening's config is no object")
+    return made
 
 
 # -- composition -------------------------------------------------------------------------------------------------------
@@ -583,6 +653,13 @@ def _swap(model: nn.Module, edited: EditedSource) -> None:
             setattr(model.config, key, value)
 
 
+def check_fits(model: nn.Module, edits: Sequence[Edit]) -> None:
+    """Raises what applying the edits to this model would raise; nothing is changed."""
+    trial = EditedSource(in_memory(model), edits, verify=False)
+    for name in dict.fromkeys(patch.name for edit in edits for patch in edit.patches):
+        trial.read(name)
+
+
 @contextmanager
 def edited(model: nn.Module, edits: Sequence[Edit]) -> Iterator[nn.Module]:
     """The model with edits inside the block, and exactly as it was afterwards."""
@@ -609,7 +686,7 @@ def apply_edits(
     *,
     overwrite: bool = False,
 ) -> Path:
-    """Writes a checkpoint with edits in it, streamed: one tensor in memory at a time.
+    """Writes a checkpoint with edits in it, streamed: one tensor in memory at a time. No input is written to.
 
     Args:
         checkpoint: the base, or one that carries edits of the same base already.
@@ -620,9 +697,13 @@ def apply_edits(
     Raises:
         BaseMismatchError: the edits were made from another base.
         EditError: they conflict, among themselves or with those the checkpoint carries, or none changes anything.
+        OutputError: `out` is taken, or is one of the inputs.
     """
+    from taskvec.writer import check_output
+
     chosen = load_edits(edits) if isinstance(edits, str | PathLike) else list(edits)
     source = Checkpoint.open(checkpoint)
+    check_output(Path(out), _inputs(source, edits), overwrite=overwrite)
     present = record_of(checkpoint)
     active = [edit for edit in chosen if not edit.changes_nothing]
     if not active:
@@ -637,6 +718,11 @@ def apply_edits(
         base = EditedSource(source, present, undo=True)
         return _write(source, EditedSource(base, [*present, *active]), [*present, *chosen], out, overwrite)
     return _write(source, EditedSource(base, active), [*present, *chosen], out, overwrite)
+
+
+def _inputs(source: Checkpoint | InMemory, edits: object) -> list[Path]:
+    files = [source.path] if isinstance(source, Checkpoint) else []
+    return [*files, Path(edits)] if isinstance(edits, str | PathLike) else files
 
 
 def _is_same(one: Edit, other: Edit) -> bool:
@@ -671,15 +757,20 @@ def undo_edits(
     Raises:
         EditError: no such edit, or one that later edits build upon.
         BaseMismatchError: the places no longer hold what the edit wrote.
+        OutputError: `out` is taken, or is one of the inputs.
     """
+    from taskvec.writer import check_output
+
     present = record_of(checkpoint)
     if edits is None and not present:
         _check_no_jetpack(checkpoint)
+    source = Checkpoint.open(checkpoint)
+    check_output(Path(out), _inputs(source, edits), overwrite=overwrite)
     if edits is not None:
         present = load_edits(edits) if isinstance(edits, str | PathLike) else list(edits)
     if not present:
         raise EditError(f"{checkpoint}: carries no edits, and no file of edits was given.")
-    chosen = present if which is None else [_find(present, one) for one in which]
+    chosen = present if which is None else list({id(e): e for e in (_find(present, one) for one in which)}.values())
     remaining = [edit for edit in present if not any(edit is other for other in chosen)]
     generations = list(dict.fromkeys(edit.base_hash for edit in present))
     last = {edit.base_hash for edit in chosen if not edit.changes_nothing}
@@ -688,7 +779,6 @@ def undo_edits(
         raise EditError(
             f"The edit for {later[0].prompt!r} was made on top of those to be undone; undo it first (or all at once)."
         )
-    source = Checkpoint.open(checkpoint)
     current: TensorSource = source
     for generation in reversed(generations):
         group = [e for e in chosen if e.base_hash == generation and not e.changes_nothing]
@@ -699,7 +789,7 @@ def undo_edits(
 
 
 def _find(edits: Sequence[Edit], which: int | str) -> Edit:
-    if isinstance(which, int) or which.isdigit():
+    if isinstance(which, int) or which.isdecimal():
         if 0 <= int(which) < len(edits):
             return edits[int(which)]
         raise EditError(f"edit {which}: there are edits 0 to {len(edits) - 1}.")
@@ -731,10 +821,8 @@ def _write(
     out: str | PathLike[str],
     overwrite: bool,
 ) -> Path:
-    from taskvec.writer import check_output, write
+    from taskvec.writer import write
 
-    inputs = [source.path] if isinstance(source, Checkpoint) else []
-    check_output(Path(out), inputs, overwrite=overwrite)
     companions = getattr(source, "companions", ())
     files: dict[str, str | bytes] = {}
     config = getattr(edited, "config", None)
@@ -751,14 +839,6 @@ def _write(
         files=files,
         overwrite=overwrite,
     )
-
-
-def _as_bytes(edits: Sequence[Edit]) -> bytes:
-    from tempfile import TemporaryDirectory
-
-    with TemporaryDirectory() as folder:
-        save_edits(edits, Path(folder) / RECORD)
-        return (Path(folder) / RECORD).read_bytes()
 
 
 def problems_of(edits: Iterable[Edit]) -> str:

@@ -6,6 +6,8 @@ changes are stored, not the matrices, so edits can be added and removed one by o
 """
 
 import json
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,14 +23,15 @@ from merging.edits import optimise, stealth
 from merging.edits.edit import Edit
 from merging.edits.features import RESPONSE, THETA, Sphere, check_finite, check_theta
 from merging.edits.optimise import Found, Optimisation, Sequence_, find_residuals
+from merging.edits.requests import Request, Requests, Text, requests_of
 from merging.edits.site import Site
-from merging.edits.stealth import Background, Prepared, Request, Requests, Text
+from merging.edits.stealth import Background, Prepared
 from taskvec.checkpoint import content_hash
-from taskvec.errors import BaseMismatchError, CorruptFileError, EditError, NotFoundError
+from taskvec.errors import BaseMismatchError, CorruptFileError, EditError, NotFoundError, OutputError
 from taskvec.precision import dtype_name
 from taskvec.source import in_memory
 
-FORMAT = "taskvec-jetpack"
+FORMAT, VERSION = "taskvec-jetpack", 1
 WEIGHTS, DESCRIPTION = "jetpack.safetensors", "jetpack.json"
 
 
@@ -253,7 +256,7 @@ class JetPack:
                 attention sink and would fire on every text.
         """
         began = time.perf_counter()
-        wanted, _ = stealth.requests_of(requests)
+        wanted, _ = requests_of(requests)
         plans = stealth.prepared(model, tokenizer, wanted, chat=chat)
         stealth._check_duplicates(plans)
         chunks = stealth.corpus_ids(tokenizer, corpus)
@@ -309,7 +312,7 @@ class JetPack:
     ) -> None:
         """Adds edits to the block; those that it has stay exact, since the output weights are solved anew."""
         began = time.perf_counter()
-        wanted, _ = stealth.requests_of(requests)
+        wanted, _ = requests_of(requests)
         plans = stealth.prepared(model, tokenizer, wanted, chat=chat)
         stealth._check_duplicates(plans)
         present = {ids: e.prompt for e in self.entries for ids in (e.prompt_ids, *e.paraphrase_ids) if ids}
@@ -593,12 +596,25 @@ class JetPack:
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
-    def save(self, folder: str | PathLike[str]) -> None:
-        """Writes `jetpack.safetensors` (triggers, residuals, geometry) and `jetpack.json` into a folder."""
-        from safetensors.torch import save_file
+    def save(self, folder: str | PathLike[str], *, overwrite: bool = False) -> None:
+        """Writes `jetpack.safetensors` (triggers, residuals, geometry) and `jetpack.json` into a folder of its own.
+
+        Args:
+            folder: a new or empty folder, or one that holds a jet-pack and nothing else, which is replaced. It appears whole
+                or not at all.
+            overwrite: replace a folder that holds a model, too.
+
+        Raises:
+            OutputError: the folder holds something else, or cannot be written.
+        """
+        from safetensors.torch import save
+
+        from taskvec.writer import check_output
 
         target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
+        own = target.is_dir() and all(path.name in (WEIGHTS, DESCRIPTION) for path in target.iterdir())
+        if not own:
+            check_output(target, [], overwrite=overwrite)
         tensors = {
             "triggers": self.triggers,
             "residuals": self.residuals,
@@ -607,10 +623,9 @@ class JetPack:
         }
         if self.sphere.shift is not None:
             tensors["norm.shift"] = self.sphere.shift.float()
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, target / WEIGHTS)
         description = {
             "format": FORMAT,
-            "version": 1,
+            "version": VERSION,
             "layer": self.layer,
             "theta": self.theta,
             "response": self.response,
@@ -624,7 +639,13 @@ class JetPack:
             "edits": [asdict(entry) for entry in self.entries],
             "already_right": [asdict(entry) for entry in self.skipped],
         }
-        (target / DESCRIPTION).write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        _replace_folder(
+            target,
+            {
+                WEIGHTS: save({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}),
+                DESCRIPTION: (json.dumps(description, indent=2, ensure_ascii=False) + "\n").encode(),
+            },
+        )
 
     @classmethod
     def load(cls, folder: str | PathLike[str]) -> "JetPack":
@@ -643,8 +664,10 @@ class JetPack:
                 raise NotFoundError(f"{folder}: not a jet-pack, {name} is missing.")
         try:
             text = json.loads((source / DESCRIPTION).read_text("utf-8"))
-            if text.get("format") != FORMAT:
-                raise ValueError(f"`format` is {text.get('format')!r}")
+            if text.get("format") != FORMAT or text.get("version") != VERSION:
+                raise ValueError(
+                    f"`format` {text.get('format')!r}, `version` {text.get('version')!r}; {VERSION} is read here"
+                )
             tensors = load_file(source / WEIGHTS)
             return cls(
                 text["layer"],
@@ -665,6 +688,28 @@ class JetPack:
             )
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise CorruptFileError(f"{folder}: cannot be read as a jet-pack ({error}).") from error
+
+
+def _replace_folder(target: Path, files: Mapping[str, bytes]) -> None:
+    """Writes files to a folder beside the target and puts it in the target's place by renaming."""
+    from taskvec.writer import write_durably
+
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    old = target.with_name(f".{target.name}.replaced-{os.getpid()}")
+    try:
+        for name, content in files.items():
+            write_durably(partial / name, content)
+        if target.is_dir() and any(target.iterdir()):
+            target.rename(old)
+        partial.rename(target)
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written ({error.strerror}).") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        elif old.exists():
+            old.rename(target)
 
 
 def _check_folds(site: Site) -> None:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from merging.edits.dimension import THETAS, DimensionProfile, LayerDimension, dimension_profile
 from merging.edits.optimise import device_of, padded
+from merging.edits.requests import Text
 from merging.edits.site import Site, decoder_layers, evaluating
-from merging.edits.stealth import Text, corpus_ids
+from merging.edits.stealth import corpus_ids
 from taskvec.errors import DataError, EditError
 
 

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from merging.edits import optimise, stealth
-from merging.edits.edit import Edit, Patch, apply_to_model, check_compatible, undo_on_model
+from merging.edits.edit import Edit, Patch, apply_to_model, check_compatible, check_fits, undo_on_model
 from merging.edits.optimise import Sequence_, device_of, logits_of, padded
+from merging.edits.requests import Requests, Text, requests_of
 from merging.edits.site import Site, evaluating
-from merging.edits.stealth import Requests, Text
 from taskvec.checkpoint import content_hash
 from taskvec.errors import BaseMismatchError, EditError
 from taskvec.source import in_memory
@@ -203,6 +203,8 @@ def check(
         raise EditError("check: no edits were given.")
     if verify:
         _check_base(model, [edits.base_hash] if listed is None else [e.base_hash for e in listed])  # type: ignore[union-attr]
+    if listed is not None:
+        check_fits(model, listed)
     ids = [stealth.prompt_ids(tokenizer, p, chat=chat) for p in prompts]
     near = [stealth.prompt_ids(tokenizer, p, chat=chat) for p in neighbours]
     pieces = stealth.corpus_ids(tokenizer, text, length=length)
@@ -488,7 +490,7 @@ def plan_edits(
     from merging.edits.dimension import intrinsic_dimension, rate_bound
 
     given = [r if not isinstance(r, str) else (r, "x") for r in ([requests] if isinstance(requests, str) else requests)]  # type: ignore[union-attr]
-    wanted, _ = stealth.requests_of(given)
+    wanted, _ = requests_of(given)
     # a plan is about prompts; a target may be missing
     bare = [replace(request, target=(0,)) for request in wanted]
     plans = stealth.prepared(model, tokenizer, bare, chat=chat)

@@ -298,6 +298,21 @@ def trace_ids(model: nn.Module) -> Tensor:
     return ids[None].to(table.weight.device)
 
 
+def check_causal(model: nn.Module) -> None:
+    """Raises EditError if what the model says at a token depends on later tokens: an answer has no place there."""
+    ids = trace_ids(model)[:, :4].repeat(2, 1)
+    ids[1, -1] = ids[0, 0]
+    with evaluating(model):
+        found = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    rounding = 16 * torch.finfo(found.dtype).eps * float(found.abs().max())
+    # a damaged model is named elsewhere
+    if bool(torch.isfinite(found).all()) and float((found[0] - found[1]).abs().max()) > rounding:
+        raise EditError(
+            f"{type(model).__name__}: what it says at a token depends on the tokens behind it, so it is no causal language model "
+            "(an encoder read as one?). Edits need a decoder that answers from left to right."
+        )
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; the former mode comes back afterwards."""

@@ -8,15 +8,12 @@ whatever the old row gives); many edits of one layer are optimised together; cro
 """
 
 import copy
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from os import PathLike
-from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -42,9 +39,10 @@ from merging.edits.features import (
     tangent_detector,
 )
 from merging.edits.optimise import Optimisation, Sequence_, device_of, find_residuals, padded
-from merging.edits.site import Site, decoder_layers, evaluating
+from merging.edits.requests import Request, Requests, Text, requests_of
+from merging.edits.site import Site, check_causal, decoder_layers, evaluating
 from taskvec.checkpoint import content_hash
-from taskvec.errors import BaseMismatchError, DataError, EditError, did_you_mean
+from taskvec.errors import BaseMismatchError, EditError, did_you_mean
 from taskvec.precision import dtype_name, dtype_named
 from taskvec.source import in_memory
 
@@ -72,104 +70,6 @@ _SINK = 0.02  # 1 − cosine with a text's first token up to which another token
 _PAD_TO = 64  # neurons; multiples of 64 keep tensor cores and tensor-parallel splits happy
 
 Form = Literal["in-place", "widen", "fold"]
-Text = str | Sequence[int]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What shall be answered differently.
-
-    Attributes:
-        prompt: text, or token ids.
-        target: the answer wanted, text or ids. A text gets the leading space that separates it from the prompt.
-        paraphrases: further prompts with the same answer; each gets a trigger of its own.
-    """
-
-    prompt: Text
-    target: Text
-    paraphrases: tuple[Text, ...] = ()
-
-    @classmethod
-    def of(cls, value: "Request | Mapping[str, Any] | tuple[Text, Text]") -> "Request":
-        """From a mapping `{prompt, target, paraphrases}`, a pair, or itself.
-
-        Raises:
-            DataError: unknown keys, or none of these.
-        """
-        if isinstance(value, Request):
-            return value
-        if isinstance(value, Mapping):
-            unknown = [key for key in value if key not in ("prompt", "target", "paraphrases")]
-            if unknown:
-                raise DataError(
-                    f"{unknown[0]!r}: unknown key." + did_you_mean(unknown[0], ("prompt", "target", "paraphrases"))
-                )
-            missing = [key for key in ("prompt", "target") if key not in value]
-            if missing:
-                raise DataError(f"{missing[0]!r} is missing; an edit is {{prompt, target}}.")
-            more = value.get("paraphrases", ())
-            if isinstance(more, str):
-                raise DataError("'paraphrases' must be a list of texts.")
-            return cls(value["prompt"], value["target"], tuple(more))
-        if isinstance(value, tuple) and len(value) == 2:
-            return cls(*value)
-        raise DataError(f"{value!r}: an edit is a mapping {{prompt, target}}, a pair or a Request.")
-
-
-def read_requests(path: str | PathLike[str], *, need_target: bool = True) -> list[Request]:
-    """Requests from a JSONL file of `{"prompt": …, "target": …, "paraphrases": […]}`, one a line.
-
-    Args:
-        path: the file.
-        need_target: whether a line without a target is an error; without, its target is empty.
-
-    Raises:
-        DataError: the file is missing or empty, or a line is not such an object; the message names the line.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise DataError(f"{path}: no such file.")
-    requests, problems = [], []
-    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            try:
-                value = json.loads(line)
-            except ValueError as error:
-                raise DataError(f'not JSON ({error}). A line is {{"prompt": "…", "target": "…"}}.') from error
-            if not isinstance(value, Mapping):
-                raise DataError('not an object. A line is {"prompt": "…", "target": "…"}.')
-            if not need_target:
-                value = {"target": "", **value}
-            for key in ("prompt", "target"):
-                if key in value and not isinstance(value[key], str):
-                    raise DataError(f"{key!r} must be a text.")
-            requests.append(Request.of(value))
-        except (ValueError, DataError) as error:
-            problems.append(f"line {number}: {error}")
-    if problems:
-        raise DataError(f"{path}:\n" + "\n".join(f"  - {problem}" for problem in problems))
-    if not requests:
-        raise DataError(f"{path}: holds no edits. One JSON object {{prompt, target}} a line is needed.")
-    return requests
-
-
-Requests = Request | Mapping[str, Any] | tuple[Text, Text] | Sequence[Any] | str | PathLike[str]
-
-
-def requests_of(value: Requests) -> tuple[list[Request], bool]:
-    """The requests, and whether a single one was given. A path (or text) is read as JSONL."""
-    if isinstance(value, str | PathLike):
-        return read_requests(value), False
-    if isinstance(value, Request | Mapping) or (
-        isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str)
-    ):
-        return [Request.of(cast(Any, value))], True
-    requests = [Request.of(item) for item in cast(Sequence[Any], value)]
-    if not requests:
-        raise EditError("No edits were given.")
-    return requests, False
 
 
 # -- tokens ------------------------------------------------------------------------------------------------------------
@@ -260,8 +160,10 @@ def prepared(model: nn.Module, tokenizer: Any, requests: Sequence[Request], *, c
     """Requests as ids, checked against the vocabulary and the context.
 
     Raises:
-        EditError: an empty prompt or target, one that does not fit the context, or ids outside the vocabulary.
+        EditError: an empty prompt or target, one that does not fit the context, or ids outside the vocabulary; or the model is
+            not causal.
     """
+    check_causal(model)
     longest = context_length(model)
     size = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
     made = []

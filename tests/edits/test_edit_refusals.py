@@ -275,7 +275,7 @@ def test_among_several_edits_the_one_that_does_not_fit_is_named(llama, corpus):
 
 
 def test_a_line_that_is_no_json_is_named_and_says_what_a_line_is(tmp_path):
-    from merging.edits.stealth import read_requests
+    from merging.edits import read_requests
 
     file = tmp_path / "edits.jsonl"
     file.write_text('{"prompt": "a", "target": "b"}\nw1 w2\n[1]\n')
