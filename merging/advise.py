@@ -410,7 +410,7 @@ def _for_language_models(count: int) -> list[Finding]:
         Finding(
             "use",
             "RegMean where there is some text of each task (64 blocks of 128 tokens, no labels): 29.45, and 28.96 at a scale of 1.4, the "
-            "best of all (RegMean++ 29.32 and 29.00); it needs statistics of each task (`merging.learn.statistics` collects them)",
+            "best of all (RegMean++ 29.32 and 29.00); it needs statistics of each task (`taskvec learn statistics` collects them)",
             f"{_OUR_LANGUAGE}; arXiv:2212.09849",
             "regmean",
             {"method": "regmean"},
@@ -489,7 +489,7 @@ def _for_adapters(kind: Kind) -> list[Finding]:
     with_text = Finding(
         "use",
         "RegMean++ where there is some text of each task (64 blocks of 128 tokens, no labels): 31.35 untuned, the best of all (RegMean "
-        "31.63); it needs statistics of each task (`merging.learn.statistics` collects them)",
+        "31.63); it needs statistics of each task (`taskvec learn statistics` collects them)",
         f"{_OUR_ADAPTERS}; arXiv:2508.03121",
         "regmean_pp",
         {"method": "regmean_pp"},

@@ -2,7 +2,8 @@
 
 One safetensors file for each task, its tensors named as the model's parameters: `fisher` files hold the diagonal of the
 Fisher information in the parameter's shape, `gram` and `gram++` files the mean of x xᵀ over the inputs x of each linear
-layer, [in, in], under the name of its weight. Made by `merging.learn.statistics`, read here piece by piece.
+layer, [in, in], under the name of its weight. Made by `taskvec learn statistics` (`merging.learn.statistics`), read here piece
+by piece.
 """
 
 import json
@@ -39,7 +40,7 @@ class Statistics:
         facts = self.source.metadata
         if facts.get("format") != FORMAT:
             raise NotAModelError(
-                f"{path}: not a file of statistics. merging.learn.statistics makes them from a model and a few batches."
+                f"{path}: not a file of statistics. `taskvec learn statistics` makes them from a model and a few batches."
             )
         self.path = path
         self.kind = facts["kind"]

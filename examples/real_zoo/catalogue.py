@@ -11,7 +11,8 @@ to the dtype in which the zoo stores its models. Merged tensors are loaded into 
 beside this file does the same for fewer methods with folders that transformers reads. A parameter without a default is
 chosen on validation rows, too. Methods that draw at random have three seeds.
 
-Statistics (fisher, regmean, regmean_pp) are collected by `merging.learn.statistics` on training rows, without labels.
+Statistics (fisher, regmean, regmean_pp) are collected by `merging.learn.statistics`, as `taskvec learn statistics` does,
+on training rows, without labels.
 """
 
 import argparse

@@ -2,8 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from importlib.util import find_spec
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 
@@ -11,21 +10,23 @@ from merging.commands.output import json_option, print_json, print_table, say
 
 
 class _Learners(click.Group):
-    """What can be learned; `dam` lives with the other commands of that method and is imported when it is asked for."""
+    """What can be learned; `dam` and `statistics` have files of their own, imported when they are asked for."""
+
+    elsewhere: ClassVar[Mapping[str, str]] = {"dam": "learn_dam", "statistics": "learn_statistics"}
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [*super().list_commands(ctx), *(["dam"] if find_spec("merging.commands.dam") else [])]
+        return [*super().list_commands(ctx), *self.elsewhere]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name == "dam" and find_spec("merging.commands.dam"):
-            command = getattr(import_module("merging.commands.dam"), "learn_dam", None)
+        if cmd_name in self.elsewhere:
+            command = getattr(import_module(f"merging.commands.{cmd_name}"), self.elsewhere[cmd_name])
             return command if isinstance(command, click.Command) else None
         return super().get_command(ctx, cmd_name)
 
 
 @click.group("learn", cls=_Learners)
 def learn() -> None:
-    """Learn coefficients or masks with data."""
+    """Learn coefficients or masks with data, or collect the statistics that some methods need."""
 
 
 def _run(module: str, config: str, out: str, as_json: bool, quiet: bool) -> None:

@@ -50,19 +50,22 @@ def fisher_diagonal(
     forward: Forward = called,
     include: Sequence[str] = ("*",),
     seed: int = 0,
+    names: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """The diagonal of the Fisher information: the mean square of ∂ log p(y|x) / ∂θ, y from the model's own predictions.
 
     Args:
         model: the task's fine-tuned model; put into eval mode for the time.
-        batches: inputs; labels are not needed. Each batch is split into its examples along the first dimension.
+        batches: inputs; labels are not needed. Each batch is split into its examples along the first dimension. Where
+            they hold an `attention_mask`, predictions at padded positions do not count.
         out: the file to write.
         labels: one label drawn for each prediction, or the exact expectation over all classes (a backward pass
             each, so for few classes).
         forward: how the model is called; its output's logits, [..., class], are read.
         include: patterns of the parameters wanted.
         seed: of the draws.
+        names: parameters to what the file calls them, such as their names in the checkpoint, where those differ.
         overwrite: whether `out` may exist.
 
     Raises:
@@ -77,6 +80,9 @@ def fisher_diagonal(
     with _evaluated(model), torch.enable_grad():
         for example in _examples(batches):
             scores = logits_of(forward(model, example)).float().log_softmax(-1)
+            mask = example.get("attention_mask") if isinstance(example, Mapping) else None
+            if mask is not None and mask.shape == scores.shape[:-1]:
+                scores = scores[mask.to(scores.device).bool()]
             scores = scores.reshape(-1, scores.shape[-1])
             chances = scores.detach().exp()
             if labels == "sampled":
@@ -98,7 +104,7 @@ def fisher_diagonal(
         raise DataError("batches: there are no examples to take the Fisher information of")
     found = {name: total.div_(count).float().cpu() for name, total in totals.items()}
     square = sum(float(value.double().square().sum()) for value in found.values())
-    return _saved(found, out, "fisher", count, overwrite, norm=square**0.5)
+    return _saved(found, out, "fisher", count, overwrite, names, norm=square**0.5)
 
 
 def _drawn(chances: Tensor, generator: torch.Generator) -> Tensor:
@@ -118,6 +124,7 @@ def input_grams(
     *,
     forward: Forward = called,
     include: Sequence[str] = ("*",),
+    names: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """The mean of x xᵀ over the inputs x of every linear layer (RegMean).
@@ -128,6 +135,7 @@ def input_grams(
         out: the file to write.
         forward: how the model is called.
         include: patterns of the weights wanted; a Gram matrix has in × in entries.
+        names: weights to what the file calls them, such as their names in the checkpoint, where those differ.
         overwrite: whether `out` may exist.
 
     Raises:
@@ -137,7 +145,7 @@ def input_grams(
     _check(out, overwrite)
     layers = _linears(model, include)
     grams = _collected(model, layers, batches, forward)
-    return _saved_grams(grams, layers, out, "gram", overwrite)
+    return _saved_grams(grams, layers, out, "gram", overwrite, names)
 
 
 def input_grams_through_merged(
@@ -149,6 +157,7 @@ def input_grams_through_merged(
     ridge: float = 1e-6,
     forward: Forward = called,
     include: Sequence[str] = ("*",),
+    names: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> dict[str, Path]:
     """The mean of x xᵀ over the inputs of every linear layer, given by the merged layers below it (RegMean++).
@@ -164,6 +173,7 @@ def input_grams_through_merged(
         off_diagonal, ridge: as `regmean_pp` will be given.
         forward: how the models are called.
         include: patterns of the weights wanted.
+        names: weights to what the files call them, where that differs.
         overwrite: whether the files may exist.
 
     Raises:
@@ -195,12 +205,12 @@ def input_grams_through_merged(
     found: dict[str, dict[str, tuple[Tensor, int]]] = {task: {} for task in tasks}
     try:
         _replace(parameters, {n: _average(originals, n) for n in shared if members[n] not in groups})
-        for group, names in groups.items():
+        for group, weights in groups.items():
             for task in tasks:
-                chosen = {name: layers[task][name] for name in names}
+                chosen = {name: layers[task][name] for name in weights}
                 found[task].update(_collected(models[task], chosen, batches[task], forward))
             merged = {name: _average(originals, name) for name in shared if members[name] == group}
-            for name in names:
+            for name in weights:
                 turned = _is_turned(layers[tasks[0]][name])
                 merged[name] = _regressed(
                     [originals[task][name] for task in tasks],
@@ -213,7 +223,7 @@ def input_grams_through_merged(
     finally:
         for task, own in parameters.items():
             _replace({task: own}, originals[task])
-    return {task: _saved_grams(found[task], layers[task], outs[task], "gram++", overwrite) for task in tasks}
+    return {task: _saved_grams(found[task], layers[task], outs[task], "gram++", overwrite, names) for task in tasks}
 
 
 def _regressed(
@@ -381,21 +391,28 @@ def _saved_grams(
     out: "str | Path",
     kind: Kind,
     overwrite: bool,
+    names: Mapping[str, str] | None,
 ) -> Path:
     found = {name: gram.float().cpu() for name, (gram, _) in grams.items()}
-    turned = [name for name in found if _is_turned(layers[name])]
-    return _saved(found, out, kind, max(count for _, count in grams.values()), overwrite, transposed=turned)
+    turned = [(names or {}).get(name, name) for name in found if _is_turned(layers[name])]
+    return _saved(found, out, kind, max(count for _, count in grams.values()), overwrite, names, transposed=turned)
 
 
 def _saved(
-    tensors: Mapping[str, Tensor], out: "str | Path", kind: Kind, examples: int, overwrite: bool, **facts: Any
+    tensors: Mapping[str, Tensor],
+    out: "str | Path",
+    kind: Kind,
+    examples: int,
+    overwrite: bool,
+    names: Mapping[str, str] | None,
+    **facts: Any,
 ) -> Path:
     from safetensors.torch import save
 
     broken = [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]
     if broken:
         raise LearningError(f"{broken[0]}: its statistics hold NaN or infinity; is the model or the data broken?")
-    contiguous = {name: value.contiguous() for name, value in tensors.items()}
+    contiguous = {(names or {}).get(name, name): value.contiguous() for name, value in tensors.items()}
     return write_atomically(
         out, save(contiguous, metadata=metadata(kind, examples=examples, **facts)), overwrite=overwrite
     )

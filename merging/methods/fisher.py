@@ -16,8 +16,8 @@ def fisher(deltas: Deltas, *, statistics_files: Files, normalize: bool = True, f
     """Average the models, each entry by the tasks' Fisher information.
 
     Args:
-        statistics_files: a file of Fisher diagonals for each task, in the tasks' order
-            (`merging.learn.statistics.fisher_diagonal`).
+        statistics_files: a file of Fisher diagonals for each task, in the tasks' order (`taskvec learn statistics` with
+            `method: fisher`, or `merging.learn.statistics.fisher_diagonal`).
         normalize: divide each task's Fisher diagonal by its Euclidean norm, so that tasks of different loss scale
             count alike.
         floor: least Fisher value (after that division), so that entries no task needs are averaged.

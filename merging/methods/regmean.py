@@ -20,8 +20,8 @@ def regmean(
     """Find for each linear layer the weights whose outputs are nearest to each task's on that task's own inputs.
 
     Args:
-        statistics_files: a file of input Gram matrices for each task, in the tasks' order
-            (`merging.learn.statistics.input_grams`).
+        statistics_files: a file of input Gram matrices for each task, in the tasks' order (`taskvec learn statistics`
+            with `method: regmean`, or `merging.learn.statistics.input_grams`).
         off_diagonal: what the off-diagonal entries of the Gram matrices are multiplied with (α in the paper; 0.1 for
             T5 there). 0 averages by input energy.
         ridge: held toward the plain average by so much of the mean diagonal, for inputs that never occur.

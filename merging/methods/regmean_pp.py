@@ -20,8 +20,9 @@ def regmean_pp(
     """RegMean with each layer's inputs taken from the merged layers below it, not from the task's own.
 
     Args:
-        statistics_files: a file for each task, in the tasks' order, made for all tasks together
-            (`merging.learn.statistics.input_grams_through_merged`, which merges layer by layer as it goes).
+        statistics_files: a file for each task, in the tasks' order, made for all tasks together, merging layer by layer
+            (`taskvec learn statistics` with `method: regmean_pp`, or
+            `merging.learn.statistics.input_grams_through_merged`).
         off_diagonal: what the off-diagonal entries of the Gram matrices are multiplied with; the value the files were
             made with.
         ridge: held toward the plain average by so much of the mean diagonal; the value the files were made with.
