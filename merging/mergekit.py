@@ -458,6 +458,8 @@ class _Reader:
                 parameters["distance"] = value
             else:
                 parameters[_NAMES.get(key, key)] = value
+        if self.name == "multislerp" and len(entries) == 1:
+            parameters["normalize"] = True  # one model alone comes out as it is there, whatever its weight
         if self.name == "nuslerp":
             flat, rows = self._value("nuslerp_flatten", scopes, True), self._value("nuslerp_row_wise", scopes, False)
             if isinstance(rows, Mapping):

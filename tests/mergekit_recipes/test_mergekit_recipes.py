@@ -115,3 +115,13 @@ def test_the_base_among_the_models_is_no_task_vector():
 def test_adapters_written_with_a_plus_become_tasks():
     models = [{"model": "inputs/base+my-adapter", "parameters": {"weight": 1.0}}]
     assert Recipe.from_text(recipe(models=models)).tasks[0].path == "my-adapter"
+
+
+@pytest.mark.parametrize("base", [None, "inputs/base"])
+def test_one_model_alone_comes_out_of_multislerp_as_it_is(folder, base):
+    models = [{"model": "inputs/ft1", "parameters": {"weight": 0.28}}]
+    text = recipe(merge_method="multislerp", base_model=base, models=models, parameters={"normalize_weights": False})
+    merge(Recipe.from_text(text), folder / "out")
+    found, expected = load_file(folder / "out" / "model.safetensors"), load_file("inputs/ft1/model.safetensors")
+    for key, value in expected.items():
+        assert_close(found[key], value, atol=1e-6, rtol=1e-6)
