@@ -26,7 +26,7 @@ from taskvec.source import TensorInfo, TensorSource, names_matching
 from taskvec.sweep import TILE, Options, Scope, Stage, free_memory
 from taskvec.vector import TaskVector, assert_alike, is_task_vector
 from taskvec.views import Only, Renamed, Resized, Wide, stored_dtype
-from taskvec.writer import check_output
+from taskvec.writer import check_output, output_path
 
 Notice = Callable[[str], None]
 
@@ -265,9 +265,7 @@ def prepare(
     if out is not None:
         inputs = [getattr(s, "path", None) for s in (base, *originals.values())]
         try:
-            check_output(
-                Path(os.path.abspath(os.fspath(out))), [p for p in inputs if p is not None], overwrite=overwrite
-            )
+            check_output(output_path(out), [p for p in inputs if p is not None], overwrite=overwrite)
         except TaskvecError as error:
             problems.add(str(error))
     if len(tasks) < len(recipe.tasks) or (recipe.base is not None and base is None) or chosen is None:
@@ -300,7 +298,7 @@ def prepare(
     depth: Depth = depth_of(first.infos) | dict(part.depth)
     shapes = {name: first.infos[name].shape for name in merged}
     weights = _weights(recipe, chosen, parameters, merged, depth, shapes, problems)
-    masks = _masks(recipe, merged, problems)
+    masks = _masks(recipe, shapes, problems)
     infos = _output_infos(recipe, first, problems)
     scope: Scope = recipe.statistics or chosen.statistics
     if scope == "model":
@@ -334,7 +332,7 @@ def prepare(
     if not problems:
         _memory(prepared, problems)
         if out is not None:
-            _space(prepared, Path(os.path.abspath(os.fspath(out))), problems)
+            _space(prepared, output_path(out), problems)
     problems.raise_if_any(RecipeError)
     return prepared
 
@@ -787,21 +785,22 @@ def _weights(
     return weights
 
 
-def _masks(recipe: Recipe, merged: list[str], problems: Problems) -> "Callable[[str, int, int], Tensor] | None":
+def _masks(
+    recipe: Recipe, shapes: Mapping[str, tuple[int, ...]], problems: Problems
+) -> "Callable[[str, int, int], Tensor] | None":
     if recipe.masks is None:
         return None
     from taskvec.masks import Masks
 
     try:
         masks = Masks.load(recipe.masks)
+        masks.check(shapes)
+    except MismatchError as error:
+        problems.extend(f"{recipe.masks}: {problem}" for problem in error.problems)
+        return None
     except TaskvecError as error:
         problems.add(str(error))
         return None
-    lacking = [name for name in merged if name not in masks.infos]
-    if lacking:
-        problems.add(
-            f"{recipe.masks}: has no mask for {len(lacking)} tensors: {shortened(lacking)} (`keep_base` would leave them)"
-        )
     return masks.read_flat
 
 

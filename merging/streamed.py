@@ -39,7 +39,7 @@ from taskvec.errors import (
 from taskvec.precision import compute_dtype, dtype_name, is_float
 from taskvec.source import TensorSource
 from taskvec.sweep import Options, Outcome, Progress, sweep
-from taskvec.writer import CheckpointWriter, assert_digests
+from taskvec.writer import CheckpointWriter, assert_digests, output_path
 
 PROVENANCE = "taskvec.json"
 FORMAT = "taskvec.merge"
@@ -84,8 +84,7 @@ def merge(
         NonFiniteError: an input holds NaN or infinity; names tensor and task.
         OutputError: the output cannot be written.
     """
-    where = Path(os.path.abspath(os.path.expanduser(os.fspath(out))))
-    return _in_stages(recipe, where, _Run(overwrite, resume, progress, notice))
+    return _in_stages(recipe, output_path(out), _Run(overwrite, resume, progress, notice))
 
 
 @dataclass(frozen=True)
@@ -389,15 +388,16 @@ def _refuse_other_base(assembly: Assembly, inputs: Sequence[Mapping[str, Any]]) 
                     f"tasks: {other} and {task.name} have the same content. Give one a larger weight instead, or allow it "
                     "(`allow: [duplicate_task]`)"
                 )
+    base_hash = by_source[id(_bare(prepared.base))] if prepared.has_base else None
     if recipe.coefficients is not None:
         from taskvec.coefficients import Coefficients
 
         learned = Coefficients.load(recipe.coefficients)
-        learned.check(
-            base_hash=by_source[id(_bare(prepared.base))] if prepared.has_base else None,
-            task_hashes=hashes,
-            source=recipe.coefficients,
-        )
+        learned.check(base_hash=base_hash, task_hashes=hashes, source=recipe.coefficients)
+    if recipe.masks is not None:
+        from taskvec.masks import Masks
+
+        Masks.load(recipe.masks).check(base_hash=base_hash, task_hashes=hashes)
 
 
 def _bare(source: Any) -> TensorSource:
@@ -468,7 +468,7 @@ def provenance_of(path: "str | os.PathLike[str]") -> dict[str, Any]:
     Raises:
         NotAModelError: no provenance of ours is there.
     """
-    where = Path(path)
+    where = Path(path).expanduser()
     try:
         if where.is_dir():
             found = json.loads((where / PROVENANCE).read_text("utf-8"))
@@ -502,7 +502,7 @@ def verify(
     Raises:
         VerificationError: content differs; names tensors or files.
     """
-    where = Path(path)
+    where = Path(path).expanduser()
     found = provenance_of(where)
     checkpoint = Checkpoint.open(where)
     if "digests" in found:

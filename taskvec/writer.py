@@ -134,7 +134,7 @@ class CheckpointWriter:
         notice: Callable[[str], None] = lambda _: None,
         cached: bool = False,
     ):
-        self.out = Path(os.path.abspath(os.path.expanduser(os.fspath(out))))
+        self.out = output_path(out)
         self.single = self.out.suffix == ".safetensors"
         self.infos = dict(infos)
         self._metadata = {"format": "pt", **(metadata or {})}
@@ -580,6 +580,18 @@ def _restated(companions: Sequence[Path], stored: torch.dtype) -> dict[str, str]
 # -- pieces --------------------------------------------------------------------------------------------------------------
 
 
+def output_path(out: "str | os.PathLike[str]") -> Path:
+    """Where an output goes, as an absolute path.
+
+    Raises:
+        UsageError: the name is empty, or none that a file can have.
+    """
+    name = os.fspath(out)
+    if not name or "\0" in name:
+        raise UsageError(f"{name!r} is no name for an output: expected the path of a folder or a .safetensors file")
+    return Path(os.path.abspath(os.path.expanduser(name)))
+
+
 def check_output(out: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
     """Refuses an output that exists, lies in or around an input, or cannot be created; makes nothing.
 
@@ -618,7 +630,8 @@ def check_output(out: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
                 f"{out}: holds more than a model ({shortened(others)}), which replacing it would destroy. Move that away, or "
                 "choose another name."
             )
-        if out.is_file() and out.suffix != ".safetensors":
+        is_file = out.is_file() and out.suffix == ".safetensors"
+        if out.exists() and not out.is_dir() and not is_file:  # a device, a pipe
             raise OutputError(f"{out}: is a file, and no model; refusing to replace it. Choose another name.")
     parent = next(folder for folder in out.parents if folder.exists())
     if not parent.is_dir():

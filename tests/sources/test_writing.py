@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from merging import Recipe, merge
 from taskvec import Checkpoint, in_memory, write
 from taskvec.errors import DiskFullError, OutputError, OutputExistsError, UsageError, VerificationError
 from taskvec.precision import dtype_named
@@ -138,6 +139,20 @@ def test_a_file_that_is_no_model_is_not_replaced(zoo, tmp_path):
     with pytest.raises(OutputError, match="is a file, and no model"):
         write(Checkpoint.open(zoo.base), tmp_path / "thesis", overwrite=True)
     assert (tmp_path / "thesis").read_text() == "x"
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    (tmp_path / "link").symlink_to("/dev/null")
+    for name in ("pipe.safetensors", "link"):
+        with pytest.raises(OutputError, match="is a file, and no model"):
+            write(Checkpoint.open(zoo.base), tmp_path / name, overwrite=True)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "pipe.safetensors").is_fifo()
+
+
+@pytest.mark.parametrize("name", ["", "a\0b"])
+def test_a_name_that_no_file_can_have_is_no_output(zoo, name):
+    with pytest.raises(UsageError, match="no name for an output"):
+        write(Checkpoint.open(zoo.base), name)
+    with pytest.raises(UsageError, match="no name for an output"):
+        merge(Recipe.from_data(zoo.recipe()), name, overwrite=True)
 
 
 def test_partial_outputs_of_other_names_are_left_alone(zoo, tmp_path):
