@@ -152,21 +152,22 @@ class CheckpointWriter:
         limit = _shard_limit(shard_size)
         check_output(self.out, inputs, overwrite=overwrite)
         self._shards: list[_Shard] = []
+        self._plan(limit)
         self._direct = None if cached else DirectWrites()
         self._partial = self.out.with_name(f"{self.out.name}.partial-{fingerprint[:12] or 'new'}")
+        self._stop = threading.Event()
+        self._flusher = threading.Thread(target=self._flush, name="taskvec-flush", daemon=True)
         self._lock_fd = _locked(self.out)
         try:
-            self._plan(limit)
             self._prepare(resume)
             self._check_space()
             for shard in self._shards:
                 self._create(shard)
+            self._flusher.start()
         except BaseException:
+            self._stop.set()
             self._discard()
             raise
-        self._stop = threading.Event()
-        self._flusher = threading.Thread(target=self._flush, name="taskvec-flush", daemon=True)
-        self._flusher.start()
 
     # -- before the first byte ---------------------------------------------------------------------------------------
 
@@ -453,7 +454,8 @@ class CheckpointWriter:
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
             contents["model.safetensors.index.json"] = (json.dumps(index, indent=2) + "\n").encode()
         for name, content in files.items():
-            contents[name] = content.encode() if isinstance(content, str) else content
+            # a path whose bytes are no UTF-8 stands in texts as its escapes
+            contents[name] = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
         for name, content in contents.items():
             write_durably(self._partial / name, content)
         _sync_folder(self._partial)

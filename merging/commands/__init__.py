@@ -9,6 +9,7 @@ import sys
 import threading
 from contextlib import suppress
 from importlib import import_module
+from io import TextIOWrapper
 from types import FrameType
 from typing import Any
 
@@ -105,11 +106,27 @@ def _heed(number: int, frame: FrameType | None) -> None:
     raise Ended(number)
 
 
+def _standard_streams() -> None:
+    """Makes streams of those that were closed, lest a weight file be opened in their place and written into by whoever
+    writes messages; and lets a path that is no text, or that the terminal cannot show, be printed with escapes.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def run() -> None:
     """The console script: `main`, then out at once; taking torch apart at exit would cost another 0.3 s."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, _heed)
+    _standard_streams()
     code: str | int | None = 0
     try:
         main()
@@ -170,6 +187,8 @@ def _of_the_machine(error: OSError | MemoryError | RecursionError) -> str:
         return "the memory of this machine is used up. Give a smaller budget (--memory), or fewer workers."
     if isinstance(error, RecursionError):
         return "the input is nested too deeply to be read."
-    where = f"{error.filename}: " if error.filename is not None else ""
     reason = error.strerror or str(error) or type(error).__name__
-    return f"{where}{reason[:1].lower()}{reason[1:]}. Nothing was left under the output's final name."
+    reason = f"{reason[:1].lower()}{reason[1:]}."
+    if error.filename is None:  # standard output, for instance, which is full when the merge is done
+        return reason
+    return f"{error.filename}: {reason} Nothing was left under the output's final name."

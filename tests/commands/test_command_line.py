@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -104,6 +105,30 @@ def test_what_the_system_refuses_is_one_line_and_leaves_nothing(zoo, tmp_path):
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "writing model.safetensors failed (File too large)" in done.stderr
     assert "Trace" not in done.stderr and not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-"])
+def test_a_merge_does_without_streams_that_are_closed(zoo, tmp_path, closed):
+    line = f"exec {sys.executable} -m merging merge --base {zoo.base} -m ties {tmp_path}/out {zoo.tuned[0]} {closed}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == zoo.base_state.keys()
+
+
+def test_an_output_that_is_there_is_not_said_to_be_missing(zoo, tmp_path):
+    line = f"exec {sys.executable} -m merging merge --base {zoo.base} -m ties {tmp_path}/out {zoo.tuned[0]} > /dev/full"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "error: no space left on device.\n")
+    assert (tmp_path / "out").is_dir()
+
+
+def test_paths_whose_bytes_are_no_text_are_merged_verified_and_printed(zoo, tmp_path):
+    odd, out = (os.fsdecode(os.fsencode(tmp_path) + name) for name in (b"/tuned\xe9", b"/out\xe9"))
+    os.rename(zoo.tuned[0], odd)
+    for command in (["merge", "--base", zoo.base, "-m", "ties", out, odd], ["verify", "--deep", out], ["inspect", odd]):
+        done = subprocess.run([sys.executable, "-m", "merging", *command], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "") and r"\udce9" in done.stdout
+    assert r"tuned\udce9" in (Path(out) / "README.md").read_text("utf-8")
 
 
 def test_methods_lists_and_explains(run):
