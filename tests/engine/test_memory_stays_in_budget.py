@@ -13,11 +13,14 @@ from taskvec.writer import CheckpointWriter
 CODE = """
 import sys
 from merging import Recipe, merge
-base, out, method, *tasks = sys.argv[1:]
-merge(Recipe.from_data({"base": base, "tasks": tasks, "method": method, "memory": "64MiB"}), out)
 # the process's own peak; ru_maxrss would also count what its parent held when it was started
-print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+peak = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
+base, out, method, *tasks = sys.argv[1:]
+before = peak()
+merge(Recipe.from_data({"base": base, "tasks": tasks, "method": method, "memory": "64MiB"}), out)
+print(before, peak())
 """
+LIBRARIES = 260 << 20  # what torch and the rest take when they are loaded; builds for a GPU take more
 
 
 def model(folder, numel, seed, tuned):
@@ -41,6 +44,8 @@ def test_the_peak_is_flat_and_below_the_budget_plus_400_mib(tmp_path, method):
     for size in (16 << 20, 48 << 20):
         paths = [model(tmp_path / f"{size}-{i}", size, i, i > 0) for i in range(4)]
         command = [sys.executable, "-c", CODE, *map(str, [paths[0], tmp_path / f"out-{size}", method, *paths[1:]])]
-        peaks.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]) * 1024)
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-2:]
+        before, peak = map(int, told)
+        peaks.append(peak - max(0, before - LIBRARIES))
     assert max(peaks) < (64 + 400) << 20
     assert peaks[1] < 1.25 * peaks[0]
