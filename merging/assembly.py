@@ -176,9 +176,11 @@ def assemble(
     opened = opened or Opened()
     if recipe.is_whole and not any((recipe.tokenizer, recipe.chat_template, recipe.donor)):
         prepared = prepare(recipe, out, overwrite=overwrite, opened=opened)
-        config = getattr(prepared.base, "config", {})
+        # the first model as it is on disk: with an adapter or other names it has no files beside it
+        lender = prepared.base if prepared.has_base else opened(*_donor_place(recipe))
+        config = getattr(lender, "config", {})
         files = _config_file(config, config, recipe)
-        return Assembly(recipe, [""], [prepared], prepared.base, prepared.infos, files, warnings=prepared.warnings)
+        return Assembly(recipe, [""], [prepared], lender, prepared.infos, files, warnings=prepared.warnings)
     problems, warnings = Problems(), list[str]()
     donor = _donor(recipe, opened, problems)
     pieces, stacks = _pieces(recipe, donor, opened, problems, warnings)
@@ -308,6 +310,15 @@ def _donor_path(recipe: Recipe) -> str:
     return first.over or first.path
 
 
+def _donor_place(recipe: Recipe) -> tuple[str, str | None]:
+    """Path and revision of the donor."""
+    path = _donor_path(recipe)
+    if path == recipe.base:
+        return path, recipe.base_revision
+    first = next(iter(_all_tasks(recipe)))
+    return path, first.revision if path == first.path and recipe.donor is None else None
+
+
 def _all_tasks(recipe: Recipe) -> list[TaskSpec]:
     found = list(recipe.tasks)
     for cut in recipe.slices:
@@ -319,8 +330,7 @@ def _all_tasks(recipe: Recipe) -> list[TaskSpec]:
 
 def _donor(recipe: Recipe, opened: Opened, problems: Problems) -> TensorSource | None:
     try:
-        path = _donor_path(recipe)
-        return opened(path, recipe.base_revision if path == recipe.base else None)
+        return opened(*_donor_place(recipe))
     except TaskvecError as error:
         problems.add(str(error))
         return None
