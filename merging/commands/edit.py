@@ -97,7 +97,6 @@ def stealth(
     from merging.edits import edit_in_place, edit_widen, save_edits
     from merging.edits.edit import check_replaceable
     from merging.edits.requests import read_requests
-    from merging.edits.site import Site
     from taskvec.errors import UsageError
 
     in_place_only = "--compat" if compat else "--neuron" if neuron != "auto" else None
@@ -109,9 +108,7 @@ def stealth(
         check_replaceable(out)
     loaded, tokenizer, common = _prepared(model, options)
     if form == "auto":
-        layer = common["layer"]
-        kind = Site.find(loaded, layer if layer is not None else 0).kind
-        form = "in-place" if in_place_only or kind not in ("affine", "optional-bias") else "widen"
+        form = "in-place" if in_place_only else form_that_fits(loaded, common["layer"])
     if options["response"] is not None:
         common["response"] = options["response"]
     if form == "widen":
@@ -502,6 +499,22 @@ def _lines(path: str) -> list[str]:
     if not found:
         raise DataError(f"{path}: holds no prompts; one a line is needed.")
     return found
+
+
+def form_that_fits(model: Any, layer: int | None) -> str:
+    """The form `widen` where it is exact and plain transformers loads the result, else `in-place`."""
+    from merging.edits.site import Site
+    from merging.edits.stealth import widening_of
+    from taskvec.errors import EditError
+
+    site = Site.find(model, 0 if layer is None else layer)
+    if site.kind not in ("affine", "optional-bias"):
+        return "in-place"
+    try:
+        widening_of(site, site.neurons + 1, site.kind == "optional-bias")
+    except EditError:
+        return "in-place"
+    return "widen"
 
 
 def _check_place(out: str, inputs: Sequence[str | None], overwrite: bool) -> None:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from merging.edits.layouts import Layout, Mlp, Part, mlp_layout
+from merging.edits.stored import as_stored_names, stored_name
 from taskvec.checkpoint import as_source
 from taskvec.errors import DataError, MismatchError, NonFiniteError, NotAModelError, shortened
 from taskvec.precision import all_finite, is_float
@@ -481,7 +482,7 @@ def audit(
 
         responses, tokens = probe_responses(model, layout, probe, words)
     marks = _marks(scored, {key: one.neurons for key, one in pairs.items()}, responses)
-    edits = _declared(model, declared)
+    edits = as_stored_names(_declared(model, declared), source.infos)
     suspects = _suspects(scored, marks, edits, source)
     suspects = _with_tokens(suspects, scored, source, config, lambda: _own_tokenizer(model) if words is None else words)
     return AuditReport(
@@ -531,9 +532,11 @@ def _layout(source: TensorSource, config: Mapping[str, object]) -> Layout:
 
 
 def _pairs(layout: Layout, base: Layout, source: TensorSource, reference: TensorSource) -> dict[str, Mlp]:
-    theirs = {mlp.key: mlp for mlp in base.mlps}
-    missing = [mlp.key for mlp in layout.mlps if mlp.key not in theirs]
-    extra = sorted(set(theirs) - {mlp.key for mlp in layout.mlps})
+    own = [mlp.key for mlp in layout.mlps]
+    # a base published as the bare decoder has no prefix
+    theirs = {stored_name(mlp.key, own): mlp for mlp in base.mlps}
+    missing = [key for key in own if key not in theirs]
+    extra = sorted(set(theirs) - set(own))
     problems = []
     if missing:
         problems.append(f"{shortened(missing)}: in {source.label}, not in {reference.label}.")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from merging.edits.stored import as_stored_names, hash_as_loaded
 from taskvec.checkpoint import Checkpoint, content_hash
 from taskvec.errors import BaseMismatchError, CorruptFileError, EditError, NotFoundError, OutputError, shortened
 from taskvec.precision import dtype_name
@@ -474,7 +475,8 @@ class EditedSource:
         edits: which.
         undo: put the old values back.
         narrow: with `undo`, take the widening back too (only if no other edit uses it).
-        verify: compare the content hash of the base (applying only); the values at the patches are always compared.
+        verify: compare the content hash of the base (applying only), as it is stored or as transformers loads it; the values
+            at the patches are always compared.
 
     Raises:
         BaseMismatchError: not the checkpoint that the edits were made from.
@@ -492,12 +494,13 @@ class EditedSource:
     ):
         self.source, self.edits, self.undo = source, tuple(edits), undo
         self.label = f"{source.label} {'without' if undo else 'with'} {len(edits)} edit{'s' * (len(edits) != 1)}"
+        edits = as_stored_names(edits, source.infos)
         self.widening = check_compatible(edits)
         self._narrow = self.widening if undo and narrow else None
         self._widen = self.widening if not undo else None
         if not undo and verify and edits:
             found = content_hash(source)
-            if found != edits[0].base_hash:
+            if found != edits[0].base_hash and hash_as_loaded(source) != edits[0].base_hash:
                 raise BaseMismatchError(
                     f"{source.label}: not the base of these edits (content hash {found[:12]}…, the edits were made from "
                     f"{edits[0].base_hash[:12]}…). An edit fits one set of weights; make it again on this checkpoint."
