@@ -397,7 +397,9 @@ def _refuse_other_base(assembly: Assembly, inputs: Sequence[Mapping[str, Any]]) 
     if recipe.masks is not None:
         from taskvec.masks import Masks
 
-        Masks.load(recipe.masks).check(base_hash=base_hash, task_hashes=hashes)
+        kinds = {task.name: "vector" if task.is_delta else "model" for task in prepared.tasks}
+        kinds |= {name: "adapter" for name, source in prepared.originals.items() if isinstance(_bare(source), Adapter)}
+        Masks.load(recipe.masks).check(base_hash=base_hash, task_hashes=hashes, task_kinds=kinds)
 
 
 def _bare(source: Any) -> TensorSource:

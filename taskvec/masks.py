@@ -6,7 +6,7 @@ kept as float16 (or float32), or, where a mask has one value besides zero, as on
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -16,13 +16,17 @@ import torch
 from torch import Tensor
 
 from taskvec.errors import (
+    BaseMismatchError,
     CorruptFileError,
+    MismatchError,
     MissingTensorError,
     NonFiniteError,
     NotFoundError,
     OutputError,
+    Problems,
     UsageError,
     did_you_mean,
+    shortened,
 )
 from taskvec.precision import dtype_named, rounded
 from taskvec.source import TensorInfo
@@ -53,6 +57,7 @@ class Masks:
         tasks: task names the masks were learned with; the masks are shared by all of them.
         base_hash: content hash of the base, when it came from files.
         task_hashes: content hash of each task's source, when it came from files.
+        task_kinds: what that source was: "model", "vector" or "adapter".
         details: how they were learned, for people.
     """
 
@@ -63,6 +68,7 @@ class Masks:
     task_hashes: Mapping[str, str] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
     packed: Mapping[str, Packed] = field(default_factory=dict)
+    task_kinds: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: "str | os.PathLike[str]") -> Self:
@@ -114,6 +120,7 @@ class Masks:
             header.get("task_hashes", {}),
             header.get("details", {}),
             packed,
+            header.get("task_kinds", {}),
         )
 
     def read_flat(self, name: str, start: int, stop: int) -> Tensor:
@@ -138,6 +145,59 @@ class Masks:
             found = np.unpackbits(part[first : (stop + 7) // 8].numpy(), bitorder="little")
         bits = torch.from_numpy(found[start - 8 * first : stop - 8 * first].astype(np.float32))
         return bits.mul_(self.packed[name].scale)
+
+    def check(
+        self,
+        shapes: Mapping[str, Sequence[int]] | None = None,
+        *,
+        base_hash: str | None = None,
+        task_hashes: Mapping[str, str] | None = None,
+        task_kinds: Mapping[str, str] | None = None,
+    ) -> None:
+        """Whether these masks belong to this base and these task vectors; every problem at once.
+
+        Args:
+            shapes: the merged tensors.
+            base_hash: content hash of the base.
+            task_hashes: content hash of each task. One is compared where a task of this name and kind was learned with:
+                a task vector and the model that it leads to have different hashes.
+            task_kinds: "model", "vector" or "adapter" of each task.
+
+        Raises:
+            BaseMismatchError: the base, or a task, is another file than the ones learned with.
+            MismatchError: tensors without a mask, or with one of another shape.
+        """
+        if base_hash and self.base_hash and base_hash != self.base_hash:
+            raise BaseMismatchError(
+                f"{self.path}: learned on a base with hash {self.base_hash[:12]}, this base has {base_hash[:12]}. "
+                "Use the base they were learned on, or learn them again."
+            )
+        changed = []
+        for task, digest in (task_hashes or {}).items():
+            kind = (task_kinds or {}).get(task)
+            alike = {one: own for one, own in self.task_hashes.items() if self.task_kinds.get(one) == kind}
+            if task in alike and digest not in alike.values():
+                changed.append(f"{task} ({alike[task][:12]}, now {digest[:12]})")
+        if changed:
+            raise BaseMismatchError(
+                f"{self.path}: learned with other files for {shortened(changed)}. "
+                "Use the models they were learned with, or learn them again."
+            )
+        shapes = shapes or {}
+        problems = Problems()
+        lacking = [name for name in shapes if name not in self.infos]
+        if lacking:
+            problems.add(
+                f"has no mask for {len(lacking)} tensors: {shortened(lacking)} (`keep_base` would leave them)"
+                + (did_you_mean(lacking[0], self.infos) if len(lacking) == len(shapes) else "")
+            )
+        problems.extend(
+            f"{name}: the mask has {list(self.infos[name].shape)}, the base has {list(shape)}"
+            for name, shape in shapes.items()
+            if name in self.infos and tuple(self.infos[name].shape) != tuple(shape)
+        )
+        if problems:
+            raise MismatchError(problems.found, title=f"{self.path} does not fit this merge")
 
     def read(self, name: str) -> Tensor:
         """The whole mask of one tensor, float32, in its shape."""
@@ -164,6 +224,7 @@ def save_masks(
     tasks: tuple[str, ...] = (),
     base_hash: str | None = None,
     task_hashes: Mapping[str, str] | None = None,
+    task_kinds: Mapping[str, str] | None = None,
     details: Mapping[str, Any] | None = None,
     dtype: Literal["float16", "float32"] = "float16",
 ) -> None:
@@ -176,7 +237,8 @@ def save_masks(
         masks: tensor name to weights, as they multiply the task vectors.
         tasks: names of the task vectors.
         base_hash: content hash of the base.
-        task_hashes: content hashes of the task's sources.
+        task_hashes: content hashes of the tasks' sources.
+        task_kinds: "model", "vector" or "adapter", what each source is.
         details: anything else worth keeping, as JSON.
         dtype: of masks that are not packed; float16 keeps a weight to 1 part in 2,048.
 
@@ -209,6 +271,7 @@ def save_masks(
         "tasks": list(tasks),
         "base_hash": base_hash,
         "task_hashes": dict(task_hashes or {}),
+        "task_kinds": dict(task_kinds or {}),
         "details": dict(details or {}),
     }
     partial = file.with_name(f".{file.name}.partial-{os.getpid()}")

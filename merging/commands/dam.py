@@ -16,15 +16,17 @@ def learn_dam(config: str, out: str, as_json: bool) -> None:
 
     Needs unlabelled inputs of every task. It lowers risk and certifies nothing.
     """
-    from merging.learn.dam_file import DamFile
+    from merging.learn.dam_file import DamFile, coefficients_beside
     from merging.learn.dam_file import learn_dam as run
 
     result = run(DamFile.load(config), out)
     coefficients = result.coefficients.tolist()
+    file = str(coefficients_beside(out)) if result.coefficients.ndim == 2 else None
     facts: dict[str, Any] = {
         "out": out,
         "tasks": list(result.tasks),
         "coefficients": coefficients,
+        "coefficients_file": file,
         "steps": len(result.history),
         "suspected": [{"task": task, "class": target} for task, target in suspected(result.triggers)],
         "scan": result.scan,
@@ -42,13 +44,11 @@ def learn_dam(config: str, out: str, as_json: bool) -> None:
             flagged = ", ".join(str(target) for own, target in suspected(result.triggers) if own == task)
             rows.append([task, top, f"{100 * shares[top]:.0f} %", flagged or "none"])
         print_table(["task", "easiest class", "inputs a small trigger sends there", "suspected classes"], rows)
-    weights = ", ".join(
-        f"{task}: {value:g}" for task, value in zip(result.tasks, coefficients, strict=True) if isinstance(value, float)
-    )
-    say(
-        f"Masks in {out}. Apply them with a recipe: method: task_arithmetic, masks: {out}"
-        + (f", weights {weights}" if weights else "")
-    )
+    weights = f"coefficients: {file}"
+    if file is None:
+        pairs = ", ".join(f"{task}: {value:g}" for task, value in zip(result.tasks, coefficients, strict=True))
+        weights = f"weights of the tasks {pairs}"
+    say(f"Masks in {out}. Apply them with a recipe: method: task_arithmetic, masks: {out}, {weights}")
 
 
 def suspected(triggers: Any) -> list[tuple[str, int]]:

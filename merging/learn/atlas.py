@@ -31,7 +31,15 @@ from merging.learn.objectives import (
 )
 from merging.learn.select import Selection, select
 from taskvec.coefficients import Coefficients, Region
-from taskvec.errors import DataError, MismatchError, NotFoundError, Problems, UsageError, did_you_mean
+from taskvec.errors import (
+    BaseMismatchError,
+    DataError,
+    MismatchError,
+    NotFoundError,
+    Problems,
+    UsageError,
+    did_you_mean,
+)
 from taskvec.source import TensorInfo, TensorSource
 
 
@@ -368,6 +376,11 @@ def _vectors(
                 hashes[task] = content_hash(tuned)
                 if is_task_vector(tuned):
                     vector = TaskVector.load(path)
+                    if vector.base_hash is not None and vector.base_hash != content_hash(base):
+                        raise BaseMismatchError(
+                            f"tasks.{task}: {path} is the task vector of another base (hash {vector.base_hash[:12]}, this base "
+                            f"has {content_hash(base)[:12]})."
+                        )
                 else:
                     both = wanted & set(tuned.infos)
                     missing = wanted - both - {a for a in base.aliases if base.aliases[a] in both}

@@ -243,8 +243,8 @@ def _check_inputs(base: Any, models: Any, data: Any, heads: Any, forward: Any, c
         raise UsageError(f"forward: got a {type(forward).__name__}; expected (module, batch) -> features")
     if not isinstance(config, DamConfig):
         raise UsageError(f"config: got a {type(config).__name__}; expected a DamConfig")
-    if not isinstance(seed, int):
-        raise UsageError(f"seed: {seed!r} is not a whole number")
+    if not isinstance(seed, int) or abs(seed) >= 1 << 62:
+        raise UsageError(f"seed: {seed!r} is not a whole number below 2^62")
     if not models:
         raise UsageError("models: none given; expected task to fine-tuned model")
     problems = Problems()

@@ -1,7 +1,7 @@
 """DAM and security reports from a configuration file, for the command line."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,8 +17,10 @@ from merging.learn.data import named
 from merging.learn.objectives import Forward
 from merging.learn.security import SecurityReport, Trigger, security_report, token_trigger
 from merging.settings import Strict
-from taskvec.errors import DataError, OutputExistsError, RecipeError, UsageError, did_you_mean
+from taskvec.coefficients import Coefficients, Region
+from taskvec.errors import DataError, OutputError, OutputExistsError, RecipeError, UsageError, did_you_mean
 from taskvec.masks import save_masks
+from taskvec.precision import is_float
 
 # what `learn dam` shares with the other learners; the rest of `LearnConfig` has no meaning for it
 _SHARED = (
@@ -142,17 +144,31 @@ def _forward(config: LearnConfig) -> Callable[[nn.Module, Any], Tensor]:
     return lambda module, batch: features(module, batch)
 
 
+def coefficients_beside(out: "str | Path") -> Path:
+    """Where `learn_dam` saves coefficients that are no single number a task: `dam.coefficients.safetensors`."""
+    return Path(out).with_name(f"{Path(out).name.removesuffix('.safetensors')}.coefficients.safetensors")
+
+
 def learn_dam(config: DamFile, out: "str | Path") -> DamResult:
     """Learn masks by a configuration and save them as `out`, under the checkpoint's tensor names.
 
+    Coefficients that differ from tensor to tensor are saved beside it (`coefficients_beside`).
+
     Raises:
         OutputExistsError: `out` is taken.
+        OutputError: its folder cannot be made.
         RecipeError: everything wrong with the settings.
+        BaseMismatchError: a task vector or coefficients file of another base.
     """
     from taskvec.checkpoint import Checkpoint, content_hash
 
-    if Path(out).exists():
-        raise OutputExistsError(f"{out}: exists already. Choose another name, or delete it to learn anew.")
+    for place in (Path(out), coefficients_beside(out)):
+        if place.exists():
+            raise OutputExistsError(f"{place}: exists already. Choose another name, or delete it to learn anew.")
+    try:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{out}: its folder cannot be made ({error}).") from error
     device = device_named(config.device)
     base = Checkpoint.open(config.base)
     model = _model(config).to(device=device, dtype=getattr(torch, config.dtype))
@@ -166,7 +182,11 @@ def learn_dam(config: DamFile, out: "str | Path") -> DamResult:
     ]
     tokenizer = _tokenizer(config) if any(spec.path for spec in config.data.values()) else None
     data = {name: _Epochs(_data(config, name, spec, tokenizer)) for name, spec in config.data.items()}
-    settings = DamConfig(**config.dam, exclude=left, batch_size=config.batch)
+    base_hash = content_hash(base)
+    given = dict(config.dam)
+    if isinstance(given.get("base_merge"), str) and given["base_merge"].endswith(".safetensors"):
+        given["base_merge"] = _coefficients(given["base_merge"], names, base_hash, hashes)
+    settings = DamConfig(**given, exclude=left, batch_size=config.batch)
     result = dam_merge(
         model,
         vectors,
@@ -184,8 +204,9 @@ def learn_dam(config: DamFile, out: "str | Path") -> DamResult:
         out,
         masks,
         tasks=result.tasks,
-        base_hash=content_hash(base),
+        base_hash=base_hash,
         task_hashes=hashes,
+        task_kinds={task: _kind(path) for task, path in config.tasks.items()},
         details={
             "coefficients": result.coefficients.tolist(),
             "steps": len(result.history),
@@ -194,7 +215,54 @@ def learn_dam(config: DamFile, out: "str | Path") -> DamResult:
             "config": config.model_dump(mode="json", exclude_defaults=True),
         },
     )
+    if result.coefficients.ndim == 2:
+        # in the order of the columns
+        merged = [names[name] for name in result.masks]
+        Coefficients(
+            values=result.coefficients.cpu(),
+            tasks=result.tasks,
+            runs=tuple((name, 1) for name in merged),
+            regions={name: Region(column, inner=masks[name].numel()) for column, name in enumerate(merged)},
+            kept=tuple(
+                name
+                for name, info in base.infos.items()
+                if is_float(info.dtype) and name not in merged and name not in base.aliases
+            ),
+            aliases=dict(base.aliases),
+            granularity="block",
+            base_hash=base_hash,
+            task_hashes=hashes,
+            objective={"use": "dam", "steps": len(result.history)},
+        ).save(coefficients_beside(out))
     return result
+
+
+def _kind(path: str) -> str:
+    """What a task is given as."""
+    from taskvec.adapter import is_adapter
+    from taskvec.checkpoint import Checkpoint
+    from taskvec.vector import is_task_vector
+
+    return "adapter" if is_adapter(path) else "vector" if is_task_vector(Checkpoint.open(path)) else "model"
+
+
+def _coefficients(path: str, names: Mapping[str, str], base_hash: str, task_hashes: Mapping[str, str]) -> Coefficients:
+    """A coefficients file under the model's names."""
+    learned = Coefficients.load(path)
+    learned.check(base_hash=base_hash, task_hashes=task_hashes, source=f"dam.base_merge: {path}")
+    here: dict[str, str] = {}
+    for name, there in names.items():
+        here.setdefault(there, name)
+
+    def renamed(name: str) -> str:
+        return here.get(name, name)
+
+    return replace(
+        learned,
+        regions={renamed(name): region for name, region in learned.regions.items()},
+        kept=tuple(map(renamed, learned.kept)),
+        aliases={renamed(alias): renamed(name) for alias, name in learned.aliases.items()},
+    )
 
 
 def _matches(name: str, patterns: list[str]) -> bool:

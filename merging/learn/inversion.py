@@ -23,10 +23,14 @@ Batch = Any
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """The tensor of a batch that can be perturbed, and how to put a changed one back."""
+    """The tensor of a batch that can be perturbed, and how to put a changed one back.
+
+    `is_text` says that it is embedded text [input, position, width], whose batches may differ in length.
+    """
 
     inputs: Tensor
     put: Callable[[Tensor], Batch]
+    is_text: bool = False
 
 
 def place(module: nn.Module, batch: Batch) -> Placed:
@@ -47,12 +51,13 @@ def place(module: nn.Module, batch: Batch) -> Placed:
         return Placed(batch, lambda inputs: inputs)
     for key in ("pixel_values", "inputs_embeds"):
         if key in batch:
-            return Placed(batch[key], lambda inputs, key=key: {**batch, key: inputs})  # type: ignore[misc]
+            put = lambda inputs, key=key: {**batch, key: inputs}  # noqa: E731
+            return Placed(batch[key], put, is_text=key == "inputs_embeds")
     if "input_ids" in batch and hasattr(module, "get_input_embeddings"):
         table: Any = module.get_input_embeddings
         embedded = table()(batch["input_ids"])
         rest = {key: value for key, value in batch.items() if key != "input_ids"}
-        return Placed(embedded, lambda inputs: {**rest, "inputs_embeds": inputs})
+        return Placed(embedded, lambda inputs: {**rest, "inputs_embeds": inputs}, is_text=True)
     floating = [key for key, value in batch.items() if isinstance(value, Tensor) and value.is_floating_point()]
     if len(floating) == 1:
         return Placed(batch[floating[0]], lambda inputs: {**batch, floating[0]: inputs})
@@ -108,6 +113,7 @@ class Additive:
         return (self.delta,)
 
     def __call__(self, inputs: Tensor) -> Tensor:
+        _check_fits(self.delta, inputs)
         return clipped(inputs + self.delta, self.low, self.high)
 
     @torch.no_grad()
@@ -138,6 +144,7 @@ class Stamp:
         return (self.weight, self.pattern)
 
     def __call__(self, inputs: Tensor) -> Tensor:
+        _check_fits(self.pattern, inputs)
         share = torch.sigmoid(self.weight)
         share = share * torch.clamp(self.size / share.mean(tuple(range(-inputs.ndim + 1, 0)), keepdim=True), max=1.0)
         pattern = self.low + (self.high - self.low) * torch.sigmoid(self.pattern)
@@ -147,8 +154,24 @@ class Stamp:
         """The budget is part of the formula."""
 
 
+def _check_fits(pattern: Tensor, inputs: Tensor) -> None:
+    """Whether a pattern can be laid over every input.
+
+    Raises:
+        DataError: their shapes differ, as with images of several sizes.
+    """
+    here, there = pattern.shape[::-1], inputs.shape[:0:-1]
+    if any(one not in (1, other) for one, other in zip(here, there, strict=False)):
+        raise DataError(
+            f"inputs of shape {list(inputs.shape[1:])} where earlier ones of the task made a perturbation "
+            f"{list(pattern.shape)}; images and other inputs must have one shape within a task"
+        )
+
+
 class SoftTokens:
     """Vectors written over the first positions after the first token of embedded text [position, width].
+
+    Of a text with fewer positions, only those that there are.
 
     Args:
         vectors: [token, width].
@@ -163,11 +186,12 @@ class SoftTokens:
         return (self.vectors,)
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        count = self.vectors.shape[-2]
+        count = min(self.vectors.shape[-2], inputs.shape[-2] - 1)
+        vectors = self.vectors[..., :count, :]
         # inputs may have a leading axis of one search each
-        shape = torch.broadcast_shapes(inputs[..., 1 : 1 + count, :].shape, self.vectors.shape)
+        shape = torch.broadcast_shapes(inputs[..., 1 : 1 + count, :].shape, vectors.shape)
         rest = inputs.expand(*shape[:-2], *inputs.shape[-2:])
-        return torch.cat([rest[..., :1, :], self.vectors.expand(shape), rest[..., 1 + count :, :]], -2)
+        return torch.cat([rest[..., :1, :], vectors.expand(shape), rest[..., 1 + count :, :]], -2)
 
     @torch.no_grad()
     def project_(self) -> None:
@@ -323,17 +347,20 @@ def stamped(inputs: Tensor, perturbations: Sequence[Perturbation], offset: int =
     return result
 
 
-def measured_range(batches: Mapping[str, Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
+def measured_range(batches: Mapping[str, Sequence[Placed]]) -> tuple[Tensor, Tensor]:
     """Smallest and largest value of each channel over all inputs, shaped to broadcast over one input.
+
+    The channels are those of images [input, channel, *space]; of embedded text, the entries of a vector.
 
     Raises:
         DataError: the inputs have different numbers of channels.
     """
     lows, highs = [], []
-    for tensors in batches.values():
-        for tensor in tensors:
+    for several in batches.values():
+        for spot in several:
+            tensor, channel = spot.inputs, 2 if spot.is_text else 1
             axes = (
-                tuple(axis for axis in range(tensor.ndim) if axis != 1)
+                tuple(axis for axis in range(tensor.ndim) if axis != channel)
                 if tensor.ndim > 2
                 else tuple(range(tensor.ndim))
             )
@@ -342,7 +369,7 @@ def measured_range(batches: Mapping[str, Sequence[Tensor]]) -> tuple[Tensor, Ten
             highs.append(tensor.amax(axes, keepdim=keep)[0] if keep else tensor.amax())
     if len({low.shape for low in lows}) > 1:
         raise DataError(
-            f"inputs have different channels {sorted({len(low) if low.ndim else 1 for low in lows})}; give `input_range` as "
-            "two numbers that hold for all of them"
+            f"inputs have different channels {sorted({low.numel() for low in lows})}; give `input_range` as two numbers "
+            "that hold for all of them"
         )
     return torch.stack(lows).amin(0), torch.stack(highs).amax(0)

@@ -18,6 +18,7 @@ from merging.learn.inversion import (
     Additive,
     InvertedTrigger,
     Perturbation,
+    Placed,
     invert_triggers,
     measured_range,
     place,
@@ -272,6 +273,12 @@ class Trainer:
             targets.append(stream.target)
         return batches, targets
 
+    def one_input(self, task: str, batch: Batch) -> Tensor:
+        """What a perturbation of all inputs of a task is shaped as: an input, or, of texts of any length, one position."""
+        spot = place(self.model.module, batch)
+        first = spot.inputs[0].detach()
+        return first[:1] if spot.is_text and self.streams[task].rows is None else first
+
     def perturbed(self, task: str, batch: Batch, step: int) -> Batch:
         spot = place(self.model.module, batch)
         return spot.put(stamped(spot.inputs, self.perturbations[task], step))
@@ -332,8 +339,7 @@ def train_published(trainer: Trainer, coefficients: Tensor) -> tuple[MaskLogits,
         model.compose_((mask, draw))
         if adversary is None:
             for task, batch in batches:
-                inputs = place(model.module, batch).inputs
-                deltas[task] = torch.zeros_like(inputs[0]).requires_grad_()
+                deltas[task] = torch.zeros_like(trainer.one_input(task, batch)).requires_grad_()
                 trainer.perturbations[task] = [Additive(deltas[task], config.budget)]
             adversary = torch.optim.Adam(list(deltas.values()), lr=config.adv_lr)
         with torch.no_grad():
@@ -393,7 +399,7 @@ def train_published(trainer: Trainer, coefficients: Tensor) -> tuple[MaskLogits,
 
 def _shifted(module: nn.Module, batch: Batch, delta: Tensor, *, clip: bool = False) -> Batch:
     spot = place(module, batch)
-    moved = spot.inputs + delta
+    moved = Additive(delta, math.inf)(spot.inputs)
     return spot.put(moved.clamp(0, 1) if clip else moved)
 
 
@@ -595,8 +601,8 @@ class MaskLoop:
         if self.adversary is None:
             self.additive = {}
             for task, batch in batches:
-                inputs = place(self.model.module, batch).inputs.detach()
-                shape = inputs.shape[1:]
+                inputs = trainer.one_input(task, batch)
+                shape = inputs.shape
                 generator = torch.Generator().manual_seed(trainer.seed)
                 # not zero: consistency has gradient zero there
                 start = 0.01 * config.budget * torch.randn(shape, generator=generator)
@@ -703,17 +709,17 @@ class _CollapseGuard:
 def prepare(trainer: Trainer, coefficients: Tensor) -> None:
     """Valid range, teachers and inverted triggers: all that is needed of the individual models, before training."""
     config, model = trainer.config, trainer.model
-    samples: dict[str, list[Tensor]] = {}
+    samples: dict[str, list[Placed]] = {}
     pools: dict[str, list[Batch]] = {}
     needs_inputs = config.safety != "none"
     if needs_inputs:
         with torch.no_grad():
             for task, stream in trainer.streams.items():
                 pools[task] = list(stream.once(limit=16))
-                samples[task] = [place(model.module, batch).inputs for batch in pools[task]]
+                samples[task] = [place(model.module, batch) for batch in pools[task]]
         if config.input_range is not None:
-            shape = next(iter(samples.values()))[0].shape[1:]
-            trainer.low, trainer.high = (_broadcast(bound, shape, model.device) for bound in config.input_range)
+            first = next(iter(samples.values()))[0]
+            trainer.low, trainer.high = (_broadcast(bound, first, model.device) for bound in config.input_range)
         else:
             trainer.low, trainer.high = measured_range(samples)
     inverts = needs_inputs and config.safety_source in ("inversion", "both")
@@ -730,7 +736,7 @@ def prepare(trainer: Trainer, coefficients: Tensor) -> None:
             if config.performance == "teacher":
                 trainer.streams[task].teach(predict)
             if inverts:
-                _invert(trainer, task, _joined(pools[task]), predict)
+                _invert(trainer, task, _joined(pools[task], model.module), predict)
     if inverts and not trainer.triggers:
         trainer.warnings.append(
             "no class of any model was suspected, so there was no trigger to train against: the masks are those of "
@@ -741,13 +747,35 @@ def prepare(trainer: Trainer, coefficients: Tensor) -> None:
             trainer.perturbations.setdefault(task, []).extend(_Known(task, function) for function in functions)
 
 
-def _joined(batches: Sequence[Batch]) -> Batch:
-    """Batches as one; of those that differ in shape (padding), the ones shaped as the first."""
+def _joined(batches: Sequence[Batch], module: nn.Module) -> Batch:
+    """Batches as one: texts padded to the longest of them; of others that differ in shape, those shaped as the first."""
     first = batches[0]
     if isinstance(first, Mapping):
+        batches = _padded(batches, int(getattr(getattr(module, "config", None), "pad_token_id", None) or 0))
+        first = batches[0]
         alike = [batch for batch in batches if _stackable_mappings([first, batch])]
         return {key: torch.cat([batch[key] for batch in alike]) for key in first}
     return torch.cat([batch for batch in batches if _stackable([first, batch])])
+
+
+def _padded(batches: Sequence[Mapping[str, Any]], pad: int) -> Sequence[Mapping[str, Any]]:
+    """Token batches [input, position] lengthened to the longest; as they are where no mask could hide the padding."""
+    flat = all(
+        "input_ids" in batch
+        and "attention_mask" in batch
+        and all(isinstance(v, Tensor) and v.ndim == 2 for v in batch.values())
+        for batch in batches
+    )
+    if not flat:
+        return batches
+    longest = max(batch["input_ids"].shape[1] for batch in batches)
+    return [
+        {
+            key: F.pad(value, (0, longest - value.shape[1]), value=pad if key == "input_ids" else 0)
+            for key, value in batch.items()
+        }
+        for batch in batches
+    ]
 
 
 def _invert(trainer: Trainer, task: str, pool: Batch, logits: Callable[[Batch], Tensor]) -> None:
@@ -823,8 +851,10 @@ class _Known:
         """Nothing to project."""
 
 
-def _broadcast(bound: Any, shape: torch.Size, device: torch.device) -> Tensor:
+def _broadcast(bound: Any, spot: Placed, device: torch.device) -> Tensor:
     values = torch.as_tensor(bound, dtype=torch.float32, device=device)
-    if values.numel() not in (1, shape[0]):
-        raise ParameterError(f"input_range: {values.numel()} channels, the inputs have {shape[0]}")
-    return values if values.ndim == 0 else values.view(-1, *[1] * (len(shape) - 1))
+    shape = spot.inputs.shape[1:]
+    channels = shape[-1 if spot.is_text else 0]
+    if values.numel() not in (1, channels):
+        raise ParameterError(f"input_range: {values.numel()} channels, the inputs have {channels}")
+    return values if values.ndim == 0 or spot.is_text else values.view(-1, *[1] * (len(shape) - 1))

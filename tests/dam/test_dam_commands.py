@@ -102,6 +102,131 @@ def test_masks_learned_by_a_file_are_merged_by_a_recipe_and_reported(zoo):
     assert "certifies nothing" in table
 
 
+RECIPE = "base: {base}\ntasks: {{a: {a}, b: b}}\nmethod: task_arithmetic\nmasks: masks.safetensors\n{rest}"
+
+
+def merged(out, *, base="base", a="a", rest="scale: 0.4\n"):
+    from merging import Recipe, merge
+    from taskvec import Checkpoint
+
+    text = RECIPE.format(base=base, a=a, rest=rest)
+    (out.parent / "merge.yaml").write_text(text)
+    merge(Recipe.load("merge.yaml"), out)
+    found = Checkpoint.open(out)
+    return {name: found.read(name) for name in found.infos}
+
+
+def test_coefficients_of_each_tensor_are_saved_beside_the_masks(zoo):
+    from merging.learn.dam_file import DamFile
+    from merging.learn.dam_file import learn_dam as run
+
+    text = (zoo / "dam.yaml").read_text().replace("lam0: 0.4", "lam0: 0.4, base_merge: adamerging_layer")
+    (zoo / "layer.yaml").write_text(text)
+    found = CliRunner().invoke(learn_dam, ["layer.yaml", "masks.safetensors", "--json"], catch_exceptions=False)
+    assert json.loads(found.stdout)["coefficients_file"] == "masks.coefficients.safetensors"
+    result = run(DamFile.load("layer.yaml"), "again.safetensors")
+    assert result.coefficients.std() > 0
+    made = merged(zoo / "layerwise", rest="coefficients: masks.coefficients.safetensors\n")
+    for name, tensor in result.state_dict.items():
+        if name in made:
+            torch.testing.assert_close(made[name], tensor, rtol=0, atol=1e-4)
+    # and they can be the base merge of another run
+    (zoo / "fixed.yaml").write_text(text.replace("adamerging_layer", "masks.coefficients.safetensors"))
+    fixed = run(DamFile.load("fixed.yaml"), "fixed.safetensors")
+    torch.testing.assert_close(fixed.coefficients, result.coefficients)
+
+
+def test_masks_go_with_the_base_and_the_models_they_were_learned_with(zoo):
+    from transformers import BertModel
+
+    from taskvec import Checkpoint, TaskVector
+    from taskvec.errors import BaseMismatchError
+
+    CliRunner().invoke(learn_dam, ["dam.yaml", "masks.safetensors"], catch_exceptions=False)
+    plain = merged(zoo / "plain")
+    BertModel.from_pretrained("base").save_pretrained("sharded", max_shard_size="8KB")
+    assert len(list((zoo / "sharded").glob("*.safetensors"))) > 1
+    TaskVector.between(Checkpoint.open("base"), Checkpoint.open("a")).save("vector.safetensors")
+    for number, changes in enumerate([{"base": "sharded"}, {"a": "vector.safetensors"}]):
+        same = merged(zoo / f"same-{number}", **changes)
+        assert all(torch.equal(plain[name], tensor) for name, tensor in same.items())
+    for name, changes, words in (
+        ("base", {"base": "a", "a": "base"}, "masks.safetensors: learned on a base with hash"),
+        ("task", {"a": "other"}, r"masks.safetensors: learned with other files for a \("),
+    ):
+        other = BertModel.from_pretrained("a")
+        with torch.no_grad():
+            other.pooler.dense.bias += 1
+        other.save_pretrained("other")
+        with pytest.raises(BaseMismatchError, match=words):
+            merged(zoo / f"from-{name}", **changes)
+        assert not (zoo / f"from-{name}").exists()
+
+
+def test_masks_of_another_shape_are_refused_from_the_header(zoo):
+    from taskvec import Checkpoint
+    from taskvec.masks import save_masks
+
+    infos = Checkpoint.open("base").infos
+    masks = {name: torch.ones(info.shape) for name, info in infos.items()}
+    save_masks("masks.safetensors", {**masks, "pooler.dense.bias": torch.ones(3)})
+    with pytest.raises(RecipeError, match=r"pooler.dense.bias: the mask has \[3\], the base has \[16\]"):
+        merged(zoo / "out")
+    del masks["pooler.dense.bias"]
+    save_masks("masks.safetensors", masks)
+    with pytest.raises(RecipeError, match="has no mask for 1 tensors: pooler.dense.bias"):
+        merged(zoo / "out")
+
+
+def test_a_task_vector_of_another_base_is_not_learned_with(zoo):
+    from taskvec import Checkpoint, TaskVector
+    from taskvec.errors import BaseMismatchError
+
+    TaskVector.between(Checkpoint.open("b"), Checkpoint.open("a")).save("vector.safetensors")
+    (zoo / "dam.yaml").write_text((zoo / "dam.yaml").read_text().replace("{a: a,", "{a: vector.safetensors,"))
+    found = CliRunner().invoke(learn_dam, ["dam.yaml", "masks.safetensors"])
+    assert isinstance(found.exception, BaseMismatchError)
+    assert "vector.safetensors is the task vector of another base" in str(found.exception)
+
+
+@pytest.mark.parametrize("source", ["inversion", "universal"])
+def test_texts_of_any_length_are_learned_on(zoo, source):
+    (zoo / "dam_text_data.py").write_text(
+        "import torch\n"
+        "def unlabelled(epoch):\n"
+        "    for length in (2, 9, 5):\n"
+        "        ids = torch.randint(0, 50, (12, length), generator=torch.Generator().manual_seed(length))\n"
+        "        yield {'input_ids': ids, 'attention_mask': torch.ones_like(ids)}\n"
+    )
+    text = (zoo / "dam.yaml").read_text().replace("dam_test_data", "dam_text_data")
+    text = text.replace("inversion_steps: 2", f"inversion_steps: 2, inversion_size: 0.4, safety_source: {source}")
+    (zoo / "dam.yaml").write_text(text.replace("mask_steps: 2", "mask_steps: 4"))
+    CliRunner().invoke(learn_dam, ["dam.yaml", "masks.safetensors"], catch_exceptions=False)
+    assert (zoo / "masks.safetensors").is_file()
+
+
+def test_images_of_several_sizes_are_refused_where_a_perturbation_has_one(zoo):
+    from merging.learn.inversion import Additive, Stamp
+
+    images = torch.zeros(2, 1, 5, 5)
+    for made in (
+        Additive(torch.zeros(1, 4, 4), 1.0),
+        Stamp(torch.zeros(1, 4, 4), torch.zeros(1, 4, 4), 0.1, torch.tensor(0.0), torch.tensor(1.0)),
+    ):
+        with pytest.raises(DataError, match=r"inputs of shape \[1, 5, 5\] where earlier ones .* \[1, 4, 4\]"):
+            made(images)
+
+
+def test_nothing_is_learned_where_the_masks_could_not_be_saved(zoo):
+    from taskvec.errors import OutputError, OutputExistsError
+
+    (zoo / "masks.coefficients.safetensors").touch()
+    found = CliRunner().invoke(learn_dam, ["dam.yaml", "masks.safetensors"])
+    assert isinstance(found.exception, OutputExistsError)
+    found = CliRunner().invoke(learn_dam, ["dam.yaml", "dam.yaml/masks.safetensors"])
+    assert isinstance(found.exception, OutputError)
+
+
 def test_a_file_with_mistakes_lists_them(zoo):
     from merging.learn.dam_file import DamFile
 

@@ -141,7 +141,7 @@ def test_what_is_no_model_config_forward_or_seed_is_refused():
     refused(UsageError, "forward: got a int", forward=3)
     refused(UsageError, "seed: 'x' is not a whole number", seed="x")
     refused(DataError, "cannot take these inputs .TypeError", forward=lambda module, batch: "no features")
-    dam_merge(base, models, data=data, heads=heads, config=DamConfig(**QUICK), seed=2**62)
+    dam_merge(base, models, data=data, heads=heads, config=DamConfig(**QUICK), seed=2**62 - 1)
 
 
 def noise(draws, **changes):
