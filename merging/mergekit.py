@@ -507,6 +507,7 @@ class _Reader:
         found["tokenizer"] = {
             "source": _Reference.read(spec.get("source", "union"), "tokenizer.source", self.problems).path,
             "multiple_of": spec.get("pad_to_multiple_of") or 1,
+            **({"padding": "mean"} if spec.get("pad_to_multiple_of") else {}),
             **({"tokens": made} if made else {}),
         }
         return found

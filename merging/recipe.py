@@ -277,13 +277,16 @@ class TokenizerSpec(Strict):
     Attributes:
         source: "base", "union" (the base's tokens, then those of the other models), or a model of the recipe or path.
         tokens: rules for single tokens; a token that the vocabulary lacks is added.
-        multiple_of: rows of the embeddings are padded with zeros to a multiple of this number. Default: where the
-            vocabulary is the base's own, its table keeps the rows it has; else there is one row for each token.
+        multiple_of: rows of the embeddings are padded to a multiple of this number. Default: where the vocabulary is the
+            base's own, its table keeps the rows it has; else there is one row for each token.
+        padding: what a model has in padded rows: "keep" (its own where it has them, else zeros), or the "mean" of the
+            rows of all tokens, as in mergekit.
     """
 
     source: str = "union"
     tokens: dict[str, TokenSpec] = Field(default_factory=dict)
     multiple_of: Annotated[Whole, Field(ge=1)] | None = None
+    padding: Literal["keep", "mean"] = "keep"
 
 
 def _as_tokenizer(value: Any) -> Any:

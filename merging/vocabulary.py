@@ -16,7 +16,7 @@ from merging.recipe import TokenizerSpec, TokenOf
 from taskvec.blocks import is_embedding, is_head
 from taskvec.errors import Problems, TaskvecError, did_you_mean, shortened
 from taskvec.source import TensorSource
-from taskvec.views import Row, Rows
+from taskvec.views import MEAN, Mean, Row, RowFrom, Rows
 
 TOKENIZER, TOKENIZER_CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 _SPECIAL = "special_tokens_map.json"
@@ -167,7 +167,7 @@ class Vocabularies:
     extra: TensorSource | None = None
     warnings: list[str] = field(default_factory=list)
     _known: dict[str, dict[str, int]] = field(default_factory=dict)
-    _made: dict[str, list[int | tuple[Row, ...]]] = field(default_factory=dict)
+    _made: dict[str, list[RowFrom]] = field(default_factory=dict)
 
     @classmethod
     def planned(
@@ -289,11 +289,11 @@ class Vocabularies:
         found = [(source, self._has(path, token)) for path, source in self.models.items()]
         return tuple((source, row) for source, row in found if row is not None)
 
-    def rows_of(self, path: str) -> "list[int | tuple[Row, ...]]":
+    def rows_of(self, path: str) -> list[RowFrom]:
         """For each row of the result's tables, where a model's own value for it comes from."""
         if path in self._made:
             return self._made[path]
-        found: list[int | tuple[Row, ...]] = [()] * self.rows
+        found: list[RowFrom] = [()] * self.rows
         self._made[path] = found
         if not self.changed and self.origin in self.models:  # rows beyond the vocabulary stay as they are
             same = self.tokenizers[path].ids == self.tokenizers[self.origin].ids
@@ -303,6 +303,8 @@ class Vocabularies:
         for token, at in self.made.ids.items():
             rule, row = self.spec.tokens.get(token), self._has(path, token)
             found[at] = row if row is not None and not (rule is not None and rule.force) else self._default(token)
+        if self.spec.padding == "mean":
+            found[self.made.rows :] = [MEAN] * (self.rows - self.made.rows)
         return found
 
     def seen(self, source: TensorSource, path: str, base: str | None) -> TensorSource:
@@ -317,7 +319,7 @@ class Vocabularies:
             rows = self.rows_of(path)
             return Rows(source, dict.fromkeys(self._tables(path), rows))
         assert base is not None  # differences: zero for what the base has from elsewhere
-        own = [row if isinstance(row, int) else () for row in self.rows_of(base)]
+        own = [row if isinstance(row, int | Mean) else () for row in self.rows_of(base)]
         return Rows(source, dict.fromkeys(self._tables(base), own))
 
     # -- files -------------------------------------------------------------------------------------------------------

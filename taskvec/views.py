@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +133,21 @@ class Wide:
         return dtype
 
 
+_RUN = 1 << 20  # elements of a table that are summed at once
+
 Row = tuple[TensorSource, int]
 """One row of a table: whose, and which."""
+
+
+class Mean(Enum):
+    """What stands for a row that is the mean of all rows of its table but those like it."""
+
+    OF_THE_OTHERS = "mean of the others"
+
+
+MEAN = Mean.OF_THE_OTHERS
+RowFrom = int | tuple[Row, ...] | Mean
+"""Where a row comes from: a row of the same table, the mean of some rows anywhere (zero of none), or of the others here."""
 
 
 class Rows:
@@ -144,20 +158,23 @@ class Rows:
     Args:
         source: the source.
         tables: name to the rows that the table has here: a number is a row of its own table, a tuple of `Row` the mean of
-            these rows (of tables of the same name), an empty tuple zero.
+            these rows (of tables of the same name), an empty tuple zero, `MEAN` the mean of all others of this table.
     """
 
-    def __init__(self, source: TensorSource, tables: Mapping[str, Sequence["int | tuple[Row, ...]"]]):
+    def __init__(self, source: TensorSource, tables: Mapping[str, Sequence[RowFrom]]):
         self.source, self.label, self.aliases = source, source.label, source.aliases
         self.path: Path | None = getattr(source, "path", None)
         self._tables = {name: rows for name, rows in tables.items() if name in source.infos}
+        self._means: dict[str, Tensor] = {}
         self.infos: Mapping[str, TensorInfo] = {
             name: self._info(name, info) if name in self._tables else info for name, info in source.infos.items()
         }
 
     def _info(self, name: str, info: TensorInfo) -> TensorInfo:
         rows = self._tables[name]
-        means = any(not isinstance(row, int) and len(row) > 1 for row in rows)  # not rounded before the merge
+        means = any(
+            row is MEAN or (isinstance(row, tuple) and len(row) > 1) for row in rows
+        )  # not rounded before the merge
         return TensorInfo((len(rows), *info.shape[1:]), compute_dtype(info.dtype) if means else info.dtype)
 
     def read(self, name: str) -> Tensor:
@@ -181,7 +198,9 @@ class Rows:
                 found[place : place + run * width] = self.source.read_flat(name, row * width, (row + run) * width)
                 at += run
                 continue
-            if row:
+            if isinstance(row, Mean):
+                found[place : place + width] = self._mean(name, width)
+            elif row:
                 parts = [source.read_flat(name, r * width, (r + 1) * width) for source, r in row]
                 total = parts[0].to(compute_dtype(info.dtype))
                 for part in parts[1:]:
@@ -189,6 +208,20 @@ class Rows:
                 found[place : place + width] = (total / len(parts)).to(info.dtype)
             at += 1
         return found[start - first * width : stop - first * width]
+
+    def _mean(self, name: str, width: int) -> Tensor:
+        if name not in self._means:
+            rows, step = [at for at, row in enumerate(self._tables[name]) if row is not MEAN], max(1, _RUN // width)
+            total, at = torch.zeros(width, dtype=torch.float64), 0
+            while at < len(rows):
+                stop = at + 1
+                while stop < len(rows) and stop - at < step and rows[stop] == rows[stop - 1] + 1:
+                    stop += 1
+                values = self.read_flat(name, rows[at] * width, (rows[stop - 1] + 1) * width)
+                total += values.view(-1, width).sum(0, dtype=torch.float64)
+                at = stop
+            self._means[name] = total / max(1, len(rows))
+        return self._means[name]
 
     def origin(self, name: str) -> tuple[Any, str] | None:
         return None if name in self._tables else origin_of(self.source, name)
