@@ -22,6 +22,9 @@ _SLICE = {"sources", "base_model", "parameters", "residual_weight"}
 _SOURCE = {"model", "layer_range", "parameters"}
 _MODULE = {"slices", "models", "parameters"}
 _NO_EFFECT = {"int8_mask"}  # saves memory there; nothing here depends on it
+_IGNORED_THERE = {
+    "task_arithmetic": {"density", "rescale"}
+}  # declared, and without effect; many published recipes have them
 
 # mergekit's name -> (our method, preprocess, parameters of a model, parameters of the whole)
 _SPARSE = {"weight", "density"}
@@ -185,6 +188,7 @@ class _Reader:
 
     def __post_init__(self) -> None:
         self.method, self.preprocess, self.per_model, self.whole = _METHODS[self.name]
+        self.ignored = _NO_EFFECT | _IGNORED_THERE.get(self.name, set())
         self.top = self._parameters_of(self.data, "parameters", everywhere=True)
         base = self.data.get("base_model")
         self.base = None if base is None else _Reference.read(base, "base_model", self.problems)
@@ -293,7 +297,9 @@ class _Reader:
         if not isinstance(found, Mapping):
             self.problems.append(f"{where}: parameters are a mapping of keys, found {found!r}")
             return {}
-        known = self.per_model | _NO_EFFECT | (self.whole if everywhere else set())
+        known = self.per_model | self.ignored | (self.whole if everywhere else set())
+        if "density" in self.ignored and not _are_densities(found.get("density", 1.0)):
+            self.problems.append(f"{where}: density is a number above 0 and up to 1, found {found['density']!r}")
         for key in found:
             if key in known:
                 continue
@@ -526,6 +532,13 @@ class _Reader:
         self._known(source, {"kind", "model", "token", "token_id"}, f"{where}.source")
         model = _Reference.read(source.get("model"), where, self.problems).path
         return {"model": model, **{key: source[key] for key in ("token", "token_id") if source.get(key) is not None}}
+
+
+def _are_densities(value: Any) -> bool:
+    """Whether a value of mergekit's form holds nothing but fractions that can be kept."""
+    if isinstance(value, list):
+        return all(_are_densities(item.get("value") if isinstance(item, Mapping) else item) for item in value)
+    return not isinstance(value, bool) and isinstance(value, int | float) and 0 < value <= 1
 
 
 def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:

@@ -125,3 +125,15 @@ def test_one_model_alone_comes_out_of_multislerp_as_it_is(folder, base):
     found, expected = load_file(folder / "out" / "model.safetensors"), load_file("inputs/ft1/model.safetensors")
     for key, value in expected.items():
         assert_close(found[key], value, atol=1e-6, rtol=1e-6)
+
+
+def test_what_task_arithmetic_takes_without_effect_in_mergekit_has_none_here(folder):
+    def read(own, whole):
+        models = [{"model": "inputs/ft1", "parameters": {"weight": 0.7, **own}}]
+        return Recipe.from_text(recipe(merge_method="task_arithmetic", models=models, parameters=whole))
+
+    plain = read({}, {})
+    assert read({"density": 0.5}, {"rescale": True, "int8_mask": True}) == plain
+    assert read({"density": [{"filter": "mlp", "value": [0.1, 0.9]}, {"value": 1}]}, {}) == plain
+    with pytest.raises(RecipeError, match="density is a number above 0 and up to 1, found 53"):
+        read({"density": 53}, {})
