@@ -28,6 +28,7 @@ from taskvec.vector import TaskVector, assert_alike, is_task_vector
 
 SAMPLE = 1 << 20
 MEASURED_TASKS = 6  # the most that a zoo of ours has
+_SAME = 1e-6  # of a cosine or a norm: below it, two samples differ by the rounding of their sums alone
 APART = 3.0  # ratio of norms above which methods were seen to break (DisTaC)
 
 Kind = Literal["causal LM", "sequence to sequence", "encoder", "unknown"]
@@ -306,16 +307,27 @@ def _warnings(seen: Survey) -> list[Finding]:
             )
         )
     alike = [
-        (seen.tasks[j], seen.tasks[i])
+        (j, i)
         for i in range(len(seen.tasks))
         for j in range(i)
         if seen.cosines[i][j] > 0.9 and min(seen.norms[i], seen.norms[j]) > 0
     ]
-    if alike:
+    same = [(j, i) for j, i in alike if seen.cosines[i][j] > 1 - _SAME and _close(seen.norms[i], seen.norms[j])]
+    if same:
+        one, other = (seen.tasks[at] for at in same[0])
         found.append(
             Finding(
                 "warning",
-                f"{alike[0][0]} and {alike[0][1]} point the same way; a sum counts what they share twice. Average "
+                f"{one} and {other} are one model on the whole sample: leave one out, or give it a larger weight",
+                "the sample",
+            )
+        )
+    elif alike:
+        one, other = (seen.tasks[at] for at in alike[0])
+        found.append(
+            Finding(
+                "warning",
+                f"{one} and {other} point the same way; a sum counts what they share twice. Average "
                 "them, or calibrate the merge with svc",
                 "arXiv:2602.05536 (directions that tasks share are over-counted by a sum)",
                 "svc",
@@ -325,8 +337,14 @@ def _warnings(seen: Survey) -> list[Finding]:
     return found
 
 
+def _close(one: float, other: float) -> bool:
+    return abs(one - other) <= _SAME * max(one, other)
+
+
 def _methods(seen: Survey) -> list[Finding]:
     count = len(seen.tasks)
+    if not any(seen.norms):
+        return []  # nothing was tuned, so nothing fits
     if count == 1:
         return [
             Finding(

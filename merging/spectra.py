@@ -270,7 +270,7 @@ def isometries_by_products(
     """The same without eigenproblems; None where the rank is not full, or directions are to be left out."""
     talls, full = [_tall(matrix) for matrix in matrices], min(matrices[0].shape)
     grams = torch.stack([_gram(tall) for tall in talls])
-    factors = _polars_by_products(talls, grams, torch.finfo(matrices[0].dtype).eps)
+    factors = polars_by_products(talls, grams, torch.finfo(matrices[0].dtype).eps)
     found: list[Isometry | None] = []
     for matrix, tall, gram, factor, floor in zip(matrices, talls, grams, factors, floors):
         low = floor > 0 and not bool(iterations.exceeds(gram[None], gram.new_tensor([floor * floor])))
@@ -305,7 +305,7 @@ def polars(matrices: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
         some = matrices[at : at + step]
         grams = [_gram(matrix) for matrix in some]
         by_products = _prefers_products(some[0], dtype)
-        known = _polars_by_products(some, torch.stack(grams), precision) if by_products else [None] * len(some)
+        known = polars_by_products(some, torch.stack(grams), precision) if by_products else [None] * len(some)
         for matrix, gram, factor in zip(some, grams, known):
             factors.append(_polar_by_eigenproblem(matrix, gram, precision) if factor is None else factor)
     return factors
@@ -319,15 +319,17 @@ def _polar_by_eigenproblem(tall: Tensor, gram: Tensor, precision: float) -> Tens
     return _times(tall, inverse)
 
 
-def polars_by_products(matrices: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor | None]:
-    """The same without eigenproblems; None where the rank is not shown to be full."""
-    return _polars_by_products(matrices, torch.stack([_gram(m) for m in matrices]), torch.finfo(dtype).eps)
-
-
 _CAREFUL = 0.25  # of tall random matrices the least singular value is a half of what the pivots say
 
 
-def _polars_by_products(talls: Sequence[Tensor], grams: Tensor, precision: float) -> list[Tensor | None]:
+def polars_by_products(talls: Sequence[Tensor], grams: Tensor, precision: float) -> list[Tensor | None]:
+    """Polar factors of tall matrices without eigenproblems; None where the rank is not shown to be full.
+
+    Args:
+        talls: matrices of one shape, no wider than tall.
+        grams: their Gram matrices, float64 [matrix, n, n].
+        precision: ε of the dtype that the matrices came in.
+    """
     share = max(talls[0].shape) * precision
     if precision < _FINE or share > 0.1 or not grams.numel():
         return [None] * len(talls)

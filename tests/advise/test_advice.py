@@ -275,6 +275,23 @@ def test_task_vectors_that_point_the_same_way_are_named():
     assert found[0].text.startswith("a and b point the same way")
 
 
+def test_the_same_model_twice_is_said_to_be_so():
+    same = ((1.0, 1.0, 0.0), (1.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+    found = [
+        finding.text for finding in findings(seen(cosines=same, norms=(2.0, 2.0, 1.0))) if finding.verdict == "warning"
+    ]
+    assert found == ["a and b are one model on the whole sample: leave one out, or give it a larger weight"]
+    found = [
+        finding.text for finding in findings(seen(cosines=same, norms=(2.0, 1.9, 1.0))) if finding.verdict == "warning"
+    ]
+    assert found[0].startswith("a and b point the same way")
+
+
+def test_where_nothing_was_tuned_no_method_is_named():
+    found = findings(seen(tasks=("a",), norms=(0.0,), cosines=((1.0,),)))
+    assert {finding.verdict for finding in found} == {"fact", "warning"}
+
+
 def test_sign_conflicts_and_long_sums_are_answered():
     assert "pcb" in advised(seen(conflict=0.5), "consider")
     assert "pcb" not in advised(seen(conflict=0.1), "consider")
