@@ -68,7 +68,10 @@ def evaluate() -> None:
 def security(config: str, plot: str | None, as_json: bool) -> None:
     """Accuracy, attack success and flips of merged models by CONFIG, beside the plain merge at every λ."""
     from merging.learn.dam_file import SecurityFile, evaluate_security
+    from merging.learn.security import check_picture
 
+    if plot is not None:
+        check_picture(plot)
     report = evaluate_security(SecurityFile.load(config))
     if plot is not None:
         report.plot(plot)

@@ -40,6 +40,7 @@ from taskvec.errors import (
     UsageError,
     did_you_mean,
 )
+from taskvec.live_names import Names
 from taskvec.source import TensorInfo, TensorSource
 
 
@@ -325,15 +326,16 @@ def _model(config: LearnConfig) -> nn.Module:
 
 
 def names_in_checkpoint(model: nn.Module, base: TensorSource) -> dict[str, str]:
-    """Parameter or buffer of the model to its tensor in the checkpoint, found under transformers' prefix if need be.
+    """Parameter or buffer of the model to its tensor in the checkpoint, under the name that transformers gives it there.
 
     Raises:
         MismatchError: no parameter is found.
     """
     prefix = getattr(model, "base_model_prefix", "")
     found: dict[str, str] = {}
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    for name in (*tied, *(name for name, _ in model.named_buffers())):
+    on_disk = Names(base)
+    every = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    for name, tensor in every.items():
         spellings = [name]
         if prefix:
             spellings += [f"{prefix}.{name}", name.removeprefix(f"{prefix}.")]
@@ -341,6 +343,10 @@ def names_in_checkpoint(model: nn.Module, base: TensorSource) -> dict[str, str]:
             if spelling in base.infos:
                 found[name] = spelling
                 break
+        else:
+            renamed = [there for there in map(on_disk.find, spellings) if there is not None and there in base.infos]
+            if renamed and tuple(base.infos[renamed[0]].shape) == tuple(tensor.shape):
+                found[name] = renamed[0]
     if not found:
         raise MismatchError(
             [f"no parameter of {type(model).__name__} has a tensor in {base.label}. Is `model` the right class?"]

@@ -18,7 +18,7 @@ from merging.learn.objectives import Forward
 from merging.learn.security import SecurityReport, Trigger, security_report, token_trigger
 from merging.settings import Strict
 from taskvec.coefficients import Coefficients, Region
-from taskvec.errors import DataError, OutputError, OutputExistsError, RecipeError, UsageError, did_you_mean
+from taskvec.errors import DataError, OutputError, OutputExistsError, RecipeError, UsageError, did_you_mean, shortened
 from taskvec.masks import save_masks
 from taskvec.precision import is_float
 
@@ -61,7 +61,7 @@ class TriggerSpec(Strict):
     """A known trigger: a token written at a position, or `module:function` that changes a batch."""
 
     target: Annotated[int, Field(ge=0)]
-    token: int | None = None
+    token: Annotated[int, Field(ge=0)] | None = None
     position: Annotated[int, Field(ge=0)] = 1
     function: str | None = None
     name: str = "trigger"
@@ -196,6 +196,11 @@ def learn_dam(config: DamFile, out: "str | Path") -> DamResult:
         config=settings,
         seed=config.seed,
     )
+    unknown = sorted(name for name in parameters if name not in names and not _matches(name, config.exclude))
+    if unknown:
+        result.warnings.append(
+            f"parameters of the model that the base has no tensor for are not merged: {shortened(unknown)}"
+        )
     masks = {names[name]: mask for name, mask in result.masks.items()}
     for alias, name in base.aliases.items():
         if name in masks:
@@ -290,12 +295,24 @@ def evaluate_security(config: SecurityFile) -> SecurityReport:
         for name, spec in config.tests.items()
     }
     own = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    taken = set(names.values())
+    beside = [
+        name
+        for name in base.infos
+        if base.aliases.get(name, name) not in taken and name not in taken and not _matches(name, config.exclude)
+    ]
     merged = {}
     for label, path in config.merged.items():
         source = Checkpoint.open(path)
         lacking = [names[name] for name in own if name in names and names[name] not in source.infos]
         if lacking:
             raise UsageError(f"merged.{label}: {path} has no {lacking[0]}. Was it merged from this base?")
+        lost = [n for n in beside if n in source.infos and not torch.equal(source.read(n), base.read(n))]
+        if lost:
+            raise UsageError(
+                f"merged.{label}: {path} changes {shortened(lost)}, for which {config.model} has no parameter, so that would "
+                "not be measured. Name the right `model`, or leave them out with `exclude`."
+            )
         merged[label] = {**own, **{name: source.read(names[name]).to(own[name]) for name in own if name in names}}
     return security_report(
         merged,

@@ -7,6 +7,7 @@ closed form (`MaskedModel`). What the loops need beforehand (valid ranges, teach
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -226,16 +227,8 @@ class Trainer:
             DataError: they do not.
             LearningError: the predictions are no numbers.
         """
-        try:
+        with fitting(task):
             logits = self.logits([(task, batch)])[0]
-        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
-            inner = isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError)
-            if inner and not (type(error) is RuntimeError and _MISFIT.search(str(error))):
-                raise  # not about the inputs: memory, or an error of the model's own
-            raise DataError(
-                f"task {task!r}: the encoder or its head cannot take these inputs ({type(error).__name__}: {error}). "
-                "Do their names, shapes and dtypes fit, and the head's width the features'?"
-            ) from error
         count = len(next(iter(batch.values()))) if isinstance(batch, Mapping) else len(batch)
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != count or logits.shape[1] < 2:
             found = list(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
@@ -282,6 +275,25 @@ class Trainer:
     def perturbed(self, task: str, batch: Batch, step: int) -> Batch:
         spot = place(self.model.module, batch)
         return spot.put(stamped(spot.inputs, self.perturbations[task], step))
+
+
+@contextmanager
+def fitting(task: str) -> Iterator[None]:
+    """Around a forward pass: errors that inputs of another kind cause say so.
+
+    Raises:
+        DataError: in place of such an error.
+    """
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        inner = isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError)
+        if inner and not (type(error) is RuntimeError and _MISFIT.search(str(error))):
+            raise  # not about the inputs: memory, or an error of the model's own
+        raise DataError(
+            f"task {task!r}: the encoder or its head cannot take these inputs ({type(error).__name__}: {error}). "
+            "Do their names, shapes and dtypes fit, and the head's width the features'?"
+        ) from error
 
 
 def _stackable(tensors: Sequence[Tensor]) -> bool:

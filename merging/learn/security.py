@@ -17,9 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from merging.learn.dam import default_forward, evaluating, head_of, task_vectors
-from merging.learn.mask_training import Batch, Forward, Head
+from merging.learn.mask_training import Batch, Forward, Head, fitting
 from merging.learn.masked import MaskedModel
-from taskvec.errors import DataError, NonFiniteError, ParameterError, UsageError, did_you_mean, shortened
+from taskvec.errors import (
+    DataError,
+    NonFiniteError,
+    OutputError,
+    ParameterError,
+    UsageError,
+    did_you_mean,
+    shortened,
+)
 from taskvec.source import in_memory
 from taskvec.vector import assert_alike
 
@@ -158,7 +166,7 @@ def measure(
         batch_size: inputs at once, where tests are given as one pair of tensors.
 
     Raises:
-        DataError: tests without inputs, or labels that do not belong to them.
+        DataError: tests without inputs, labels that do not belong to them, or a trigger that cannot be put on them.
         ParameterError: a trigger's target that the attacked task's head does not have.
         NonFiniteError: the model's predictions hold NaN.
     """
@@ -170,7 +178,8 @@ def measure(
         for inputs, labels in _labelled(task, test, batch_size):
 
             def predict(batch: Batch, task: str = task) -> Tensor:
-                logits = heads[task](forward(module, batch))
+                with fitting(task):
+                    logits = heads[task](forward(module, batch))
                 if not bool(torch.isfinite(logits).all()):
                     raise NonFiniteError(f"predictions for task {task!r}", "the model")
                 classes = logits.shape[-1]
@@ -192,15 +201,22 @@ def measure(
             if task in triggers:
                 for trigger in triggers[task]:
                     others = labels != trigger.target
-                    hits[task][0] += int((predict(trigger.apply(inputs)) == trigger.target)[others].sum())
+                    try:
+                        changed = trigger.apply(inputs)
+                    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+                        raise DataError(
+                            f"trigger {trigger.name!r} cannot be put on the inputs of task {task!r} "
+                            f"({type(error).__name__}: {error})"
+                        ) from error
+                    hits[task][0] += int((predict(changed) == trigger.target)[others].sum())
                     hits[task][1] += int(others.sum())
             else:
                 for trigger in (one for several in triggers.values() for one in several):
                     try:
-                        changed = predict(trigger.apply(inputs)) != clean
+                        changed = trigger.apply(inputs)
                     except (DataError, KeyError):
                         continue  # a trigger made for another kind of input cannot be put on this task's
-                    flips[task][0] += int(changed[correct].sum())
+                    flips[task][0] += int((predict(changed) != clean)[correct].sum())
                     flips[task][1] += int(correct.sum())
         accuracy[task] = Rate(right, total)
     return Measurement(
@@ -354,6 +370,21 @@ def draw_panels(
             handles.setdefault(label, handle)
     figure.legend(list(handles.values()), list(handles), loc="outside right center", fontsize=8, frameon=False)
     figure.savefig(str(path), dpi=130)
+
+
+def check_picture(path: "str | Path") -> None:
+    """Whether a picture can be written there, before the work that it shows is done.
+
+    Raises:
+        OutputError: there is no such folder, or no such kind of picture.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    kinds = sorted(FigureCanvasAgg.get_supported_filetypes())
+    if Path(path).suffix.removeprefix(".").lower() not in kinds:
+        raise OutputError(f"{path}: no kind of picture that can be drawn; expected one of {', '.join(kinds)}.")
+    if not Path(path).parent.is_dir():
+        raise OutputError(f"{path}: there is no folder {Path(path).parent}.")
 
 
 def _no_nan(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """`learn dam`, `evaluate security` and the merge recipe between them, on small real checkpoints."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -9,7 +10,15 @@ from safetensors.torch import save_file
 
 from merging.commands.dam import evaluate, learn_dam
 from merging.learn.security import Rate, Trigger, measure, patch_trigger, security_report, token_trigger
-from taskvec.errors import DataError, MismatchError, NonFiniteError, ParameterError, RecipeError, UsageError
+from taskvec.errors import (
+    DataError,
+    MismatchError,
+    NonFiniteError,
+    OutputError,
+    ParameterError,
+    RecipeError,
+    UsageError,
+)
 
 DATA = """
 import torch
@@ -349,3 +358,105 @@ def test_triggers_for_tests_change_what_they_say():
         token_trigger(9, 1, position=5).apply({"input_ids": torch.zeros(2, 5, dtype=torch.long)})
     batch = {"input_ids": torch.zeros(2, 5, dtype=torch.long)}
     assert token_trigger(9, 1, position=2).apply(batch)["input_ids"][:, 2].tolist() == [9, 9]
+
+
+VISION = """
+import torch
+
+def _batches(seed, labelled):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(8, 3, 8, 8, generator=generator)
+    labels = {"labels": torch.randint(0, 3, (8,), generator=generator)} if labelled else {}
+    return [{"pixel_values": images, **labels}]
+
+def unlabelled(epoch):
+    return _batches(1, False)
+
+def labelled(epoch):
+    return _batches(2, True)
+
+def patch(batch):
+    images = batch["pixel_values"].clone()
+    images[:, :, :2, :2] = 2.0
+    return {**batch, "pixel_values": images}
+
+def failing(batch):
+    raise KeyError("nothing here")
+"""
+
+
+@pytest.fixture
+def vision(tmp_path, monkeypatch):
+    from transformers import ViTConfig, ViTForImageClassification
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "dam_vision_data.py").write_text(VISION)
+    torch.manual_seed(0)
+    model = ViTForImageClassification(
+        ViTConfig(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=8,
+            patch_size=4, num_labels=3,
+        )
+    )  # fmt: skip
+    for name in ("base", "a", "b"):
+        model.save_pretrained(name)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.05 * torch.randn_like(parameter)
+    shared = "base: base\ntasks: {a: a, b: b}\nmodel: AutoModelForImageClassification\npool: logits\n"
+    (tmp_path / "dam.yaml").write_text(
+        shared + "data: {a: {function: 'dam_vision_data:unlabelled'}, b: {function: 'dam_vision_data:unlabelled'}}\n"
+        "exclude: ['classifier.*']\ndam: {mask_steps: 2, inversion_steps: 2, restarts: 1, flag: 0.0}\n"
+    )
+    (tmp_path / "security.yaml").write_text(
+        shared + "merged: {plain: a, dam: merged}\nlambdas: [0.3]\n"
+        "tests: {a: {function: 'dam_vision_data:labelled'}, b: {function: 'dam_vision_data:labelled'}}\n"
+        "triggers: {a: [{function: 'dam_vision_data:patch', target: 1}]}\n"
+    )
+    return tmp_path
+
+
+def test_an_image_classifier_is_merged_and_measured_under_the_names_it_has_on_disk(vision):
+    from taskvec import Checkpoint
+    from taskvec.masks import Masks
+
+    CliRunner().invoke(learn_dam, ["dam.yaml", "masks.safetensors"], catch_exceptions=False)
+    on_disk = {name for name in Checkpoint.open("base").infos if not name.startswith("classifier")}
+    assert set(Masks.load("masks.safetensors").infos) == on_disk
+    made = merged(vision / "merged", rest="scale: 0.3\nkeep_base: ['classifier.*']\n")
+    base = Checkpoint.open("base")
+    assert all(not torch.equal(made[name], base.read(name)) for name in on_disk)
+    shown = CliRunner().invoke(evaluate, ["security", "security.yaml", "--json"], catch_exceptions=False)
+    report = json.loads(shown.stdout)
+    assert report["rows"]["dam"]["success"]["a"]["total"] > 0
+    assert report["rows"]["dam"]["flips"]["b"]["total"] == report["rows"]["dam"]["accuracy"]["b"]["count"]
+    # what the model could not show is not passed over
+    text = (vision / "security.yaml").read_text()
+    (vision / "encoder.yaml").write_text(
+        text.replace("AutoModelForImageClassification", "AutoModel").replace("pool: logits", "pool: first")
+        + "heads: heads.safetensors\n"
+    )
+    save_file({"a": torch.randn(3, 16), "b": torch.randn(3, 16)}, "heads.safetensors")
+    found = CliRunner().invoke(evaluate, ["security", "encoder.yaml"])
+    assert isinstance(found.exception, UsageError)
+    assert "merged.plain: a changes classifier.bias, classifier.weight, for which AutoModel" in str(found.exception)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "options", "kind", "words"),
+    [
+        (":patch", ":failing", [], DataError, "trigger 'trigger' cannot be put on the inputs of task 'a' .KeyError"),
+        (":labelled", ":unlabelled", [], DataError, "tests.a: a batch has no labels"),
+        ("{function: 'dam_vision_data:patch',", "{token: -1,", [], RecipeError, "token: input should be greater"),
+        ("", "", ["--plot", "x.xyz"], OutputError, "no kind of picture that can be drawn; expected one of .*png"),
+        ("", "", ["--plot", "nowhere/x.png"], OutputError, "there is no folder nowhere"),
+    ],
+    ids=str,
+)
+def test_a_security_report_says_what_it_cannot_measure(vision, old, new, options, kind, words):
+    text = (vision / "security.yaml").read_text().replace("dam: merged", "dam: b")
+    (vision / "bad.yaml").write_text(text.replace(old, new) if old else text)
+    found = CliRunner().invoke(evaluate, ["security", "bad.yaml", *options])
+    assert isinstance(found.exception, kind)
+    assert re.search(words, str(found.exception))
