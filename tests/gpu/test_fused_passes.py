@@ -1,7 +1,6 @@
 """The fused passes themselves: on a GPU, or on Triton's interpreter where Triton is installed without one."""
 
-import os
-
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +8,8 @@ from torch import Tensor
 from merging import merge_stacks
 from taskvec.plan import Formula
 
+# the interpreter computes with numpy, which warns of the infinities that a GPU takes in its stride
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = {"even": (4, 256), "odd": (7, 11), "one": (1,)}  # even ones are read 16 bytes at a time
 WEIGHTS = [1.0, 0.3, 2.0]
@@ -16,8 +17,6 @@ WEIGHTS = [1.0, 0.3, 2.0]
 
 @pytest.fixture(scope="module")
 def fused():
-    if HERE.type == "cpu":
-        os.environ.setdefault("TRITON_INTERPRET", "1")
     pytest.importorskip("triton")
     from taskvec import fused
 
@@ -105,6 +104,10 @@ def assert_ranked(found, scores: Tensor, ranks: list[list[int]], rtol: float) ->
 
 @pytest.mark.parametrize("coarse", [False, True], ids=["all different", "many equal"])
 def test_ranks_of_magnitudes_are_those_of_a_sort(fused, stacks, coarse):
+    import triton
+
+    if HERE.type == "cpu" and triton.__version__ < "3.5" and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        pytest.skip("Triton 3.4's interpreter loops up to a tensor only with an older numpy")
     if coarse:
         stacks = {name: (stack * 2).round() / 2 for name, stack in stacks.items()}
     magnitudes = flat_of(stacks).abs()
