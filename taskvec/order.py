@@ -2,8 +2,10 @@
 
 A small stratified sample brackets each wanted rank. One pass then counts what lies below the bracket, compares for
 equality with its two ends (so heavy ties cost nothing) and keeps the few values strictly inside, as distinct values
-with counts when they are many. The result is verified by its rank: a bracket that missed is followed by an exact
-radix count over the ordered bits of the floats (16 bits a pass). Either way the answer is the same number.
+with counts when they are many, and as counts between a few thousand of them when they are too many even so: then one
+more pass, with the bracket between two of those, gives the statistic. The result is verified by its rank: a bracket that
+missed is followed by an exact radix count over the ordered bits of the floats (16 bits a pass). The answer is always
+the same number.
 """
 
 import os
@@ -26,7 +28,9 @@ SAMPLE_MOST = 1 << 24
 SORTED_BELOW = 1 << 17  # tensors this small are selected directly
 _GROUPS = 16  # interleaved subsamples, to see how much blocks vary beyond independent draws
 _DISTINCT = 1 << 21  # values kept before they are compressed to distinct values with counts
-_GIVE_UP = 1 << 24  # distinct values inside one bracket; beyond it the radix count takes over
+_MOST = 1 << 24  # distinct values kept inside one bracket; beyond it they are only counted
+_EDGES = 1 << 12  # values between which they are counted
+_NARROWED = 2  # times that a bracket is narrowed before the radix count takes over
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,8 @@ def order_statistics(of: Callable[[Tile], Tensor], ranks: Sequence[Sequence[int]
     Returns:
         A list over rows of lists over ranks of `OrderStatistic`.
 
-    Passes: one in the common case (plus a sample); up to 2 more for float32 when a bracket misses.
+    Passes: one in the common case (plus a sample); one more where a bracket holds more than can be kept, which takes some
+    10 B elements; up to 2 more for float32 when a bracket misses.
     """
     told = formula_of(of)
     if told is not None:
@@ -71,15 +76,19 @@ def order_statistics(of: Callable[[Tile], Tensor], ranks: Sequence[Sequence[int]
     brackets = _each(lambda row, wanted: _brackets(row, wanted, numel), rows, ranks)
     del values, rows
 
-    def count(tile: Tile) -> list[list[_Count]]:
-        return _count(of(tile), brackets)
-
-    if told is not None:
-        count = formula("counts", of=told, brackets=brackets)(count)
-    counts = yield Fold(count, _joined)
-    found: list[list[OrderStatistic | None]] = [
-        [count.resolve(rank, numel) for count, rank in zip(row, wanted)] for row, wanted in zip(counts, ranks)
-    ]
+    found: list[list[OrderStatistic | None]] = [[None] * len(wanted) for wanted in ranks]
+    for _ in range(1 + _NARROWED):
+        counts = yield Fold(_counting(of, brackets), _joined)
+        narrower = False
+        for row, wanted, known, ends in zip(counts, ranks, found, brackets):
+            for k, rank in enumerate(wanted):
+                known[k] = known[k] or row[k].resolve(rank)
+                between = None if known[k] is not None else row[k].around(rank)
+                narrower = narrower or between is not None
+                # nothing lies in a bracket that is one point
+                ends[k] = between if between is not None else _Bracket(ends[k].low, ends[k].low)
+        if not narrower:
+            break
     missed = [[k for k, value in zip(wanted, row) if value is None] for row, wanted in zip(found, ranks)]
     if any(missed):
         exact = yield from radix_statistics(of, missed)
@@ -88,6 +97,18 @@ def order_statistics(of: Callable[[Tile], Tensor], ranks: Sequence[Sequence[int]
                 if row[position] is None:
                     row[position] = late[rank]
     return found
+
+
+def _counting(
+    of: Callable[[Tile], Tensor], brackets: "Sequence[Sequence[_Bracket]]"
+) -> "Callable[[Tile], list[list[_Count]]]":
+    """What counts a tile's values against these brackets."""
+    fixed, told = [list(row) for row in brackets], formula_of(of)
+
+    def count(tile: Tile) -> list[list[_Count]]:
+        return _count(of(tile), fixed)
+
+    return count if told is None else formula("counts", of=told, brackets=fixed)(count)
 
 
 def _each(
@@ -114,6 +135,7 @@ def _of_sorted(ordered: "np.ndarray[Any, Any]", rank: int) -> OrderStatistic:
 class _Bracket:
     low: float  # both ends are sampled values (or infinite), so ties fall on them
     high: float
+    edges: Any = field(default=None, compare=False)  # sampled values between them
 
 
 def _brackets(sample: "np.ndarray[Any, Any]", ranks: Sequence[int], numel: int) -> list[_Bracket]:
@@ -132,8 +154,15 @@ def _brackets(sample: "np.ndarray[Any, Any]", ranks: Sequence[int], numel: int) 
         first, last = int(middle - margin), int(middle + margin) + 1
         low = float(ordered[first]) if first >= 0 else -np.inf
         high = float(ordered[last]) if last < size else np.inf
-        found.append(_Bracket(low, high))
+        found.append(_Bracket(low, high, _edges(ordered[max(0, first + 1) : last])))
     return found
+
+
+def _edges(ordered: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any] | None":
+    """Some of these values, evenly; None: there are none."""
+    if not len(ordered):
+        return None
+    return np.unique(ordered[np.linspace(0, len(ordered) - 1, min(_EDGES, len(ordered)), dtype=np.int64)])
 
 
 @dataclass(slots=True)
@@ -147,19 +176,17 @@ class _Count:
     inside: list[Any] = field(default_factory=list)
     held: int = 0
     distinct: tuple[Any, Any] | None = None
-    overflow: bool = False
-    limit: int = _DISTINCT
+    edges: Any = None  # values between which is counted, once there is too much to keep
+    between: Any = None  # below the first edge, from it on and below the second, ..., from the last on
+    limit: int = field(default_factory=lambda: _DISTINCT)
 
-    def join(self, other: "_Count") -> "_Count":
-        self.below += other.below
-        self.at_low += other.at_low
-        self.at_high += other.at_high
-        self.overflow = self.overflow or other.overflow
-        self.inside += other.inside
-        self.held += other.held
-        for pair in (other.distinct,):
-            if pair is not None:
-                self.distinct = pair if self.distinct is None else _merged(self.distinct, pair)
+    def join(self, tile: "_Count") -> "_Count":
+        """Adds what one tile holds."""
+        self.below += tile.below
+        self.at_low += tile.at_low
+        self.at_high += tile.at_high
+        self.inside += tile.inside
+        self.held += tile.held
         if self.held > self.limit:
             self._compress()
         return self
@@ -171,35 +198,61 @@ class _Count:
             self.inside = []  # freed before anything else is made
             values.sort()
             new = values[1:] != values[:-1]
-            if 3 * (np.count_nonzero(new) + 1) > len(values) and not wholly:
+            few = 3 * (np.count_nonzero(new) + 1) <= len(values)
+            if self.edges is not None or (not few and len(values) > _MOST):
+                self._count_between(values)
+            elif few or wholly:
+                starts = np.concatenate([[0], np.flatnonzero(new) + 1])
+                pair = values[starts], np.diff(starts, append=len(values))
+                self.distinct = pair if self.distinct is None else _merged(self.distinct, pair)
+            else:
                 self.inside, self.limit = [values], 2 * len(values)
-                if len(values) > _GIVE_UP:
-                    self.inside, self.held, self.distinct, self.overflow = [], 0, None, True
                 return
-            starts = np.concatenate([[0], np.flatnonzero(new) + 1])
-            pair = values[starts], np.diff(starts, append=len(values))
-            self.distinct = pair if self.distinct is None else _merged(self.distinct, pair)
-        self.inside, self.held = [], 0
-        if self.distinct is not None and len(self.distinct[0]) > _GIVE_UP:
-            self.distinct, self.overflow = None, True
+        self.held = 0
+        if self.distinct is not None and (len(self.distinct[0]) > _MOST or self.edges is not None):
+            self._count_between(*self.distinct)
+            self.distinct = None
 
-    def resolve(self, rank: int, numel: int) -> OrderStatistic | None:
-        """The statistic, if this bracket holds the rank."""
-        if self.overflow or rank < self.below:
+    def _count_between(self, values: Any, counts: Any = None) -> None:
+        """Counts sorted values (each so many times) between the sample's edges, else some of the first to come."""
+        if self.edges is None:
+            self.edges = _edges(values) if self.bracket.edges is None else self.bracket.edges
+            self.between, self.limit = np.zeros(len(self.edges) + 1, np.int64), _DISTINCT
+        places = np.append(np.searchsorted(values, self.edges), len(values))
+        self.between += np.diff(places if counts is None else np.append(0, np.cumsum(counts))[places], prepend=0)
+
+    def resolve(self, rank: int) -> OrderStatistic | None:
+        """The statistic, if this bracket holds the rank and what lies inside was kept."""
+        if rank < self.below:
             return None
         if rank < self.below + self.at_low:
             return OrderStatistic(self.bracket.low + 0.0, self.below, self.at_low)
         self._compress(wholly=True)
-        values, counts = self.distinct if self.distinct is not None else (np.empty(0), np.empty(0, np.int64))
         start = self.below + self.at_low
-        ends = start + np.cumsum(counts)
-        if len(ends) and rank < ends[-1]:
-            place = int(np.searchsorted(ends, rank, "right"))
-            return OrderStatistic(float(values[place]) + 0.0, int(ends[place] - counts[place]), int(counts[place]))
-        end = int(ends[-1]) if len(ends) else start
-        if rank < end + self.at_high:
+        if self.edges is not None:
+            end = start + int(self.between.sum())
+        else:
+            values, counts = self.distinct if self.distinct is not None else (np.empty(0), np.empty(0, np.int64))
+            ends = start + np.cumsum(counts)
+            end = int(ends[-1]) if len(ends) else start
+            if rank < end:
+                place = int(np.searchsorted(ends, rank, "right"))
+                return OrderStatistic(float(values[place]) + 0.0, int(ends[place] - counts[place]), int(counts[place]))
+        if end <= rank < end + self.at_high:
             return OrderStatistic(self.bracket.high + 0.0, end, self.at_high)
         return None
+
+    def around(self, rank: int) -> _Bracket | None:
+        """The narrower bracket that holds the rank, if what lies inside was only counted and the rank is there."""
+        if self.edges is None:
+            return None
+        ends = self.below + self.at_low + np.cumsum(self.between)
+        if not self.below + self.at_low <= rank < ends[-1]:
+            return None
+        place = int(np.searchsorted(ends, rank, "right"))
+        low = self.bracket.low if place == 0 else float(self.edges[place - 1])
+        high = self.bracket.high if place == len(self.edges) else float(self.edges[place])
+        return _Bracket(low, high)
 
 
 def _merged(one: tuple[Any, Any], other: tuple[Any, Any]) -> tuple[Any, Any]:

@@ -95,8 +95,45 @@ def test_many_values_inside_a_bracket_are_compressed_and_stay_exact(monkeypatch)
     monkeypatch.setattr(order, "_brackets", lambda sample, ranks, numel: [order._Bracket(-3.0, 3.0) for _ in ranks])
     ranks = [[size // 2, size // 5]]
     assert statistics(stack, ranks)[0] == by_sorting(stack, ranks)
-    monkeypatch.setattr(order, "_GIVE_UP", 10)
+    monkeypatch.setattr(order, "_MOST", 10)
     assert statistics(stack, ranks)[0] == by_sorting(stack, ranks)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("workers", [1, 3])
+def test_what_is_too_much_to_keep_is_counted_and_one_more_pass_finds_it(monkeypatch, kind, workers):
+    size = 600_000
+    stack = torch.stack([KINDS[kind](torch.Generator().manual_seed(seed), size) for seed in range(2)])
+    monkeypatch.setattr(order, "_DISTINCT", 2_000)
+    monkeypatch.setattr(order, "_MOST", 4_000)
+    monkeypatch.setattr(order, "_EDGES", 300)
+
+    def never(*_):
+        raise AssertionError("the radix count was asked")
+
+    monkeypatch.setattr(order, "radix_statistics", never)
+    low, high = float(stack.min()), float(stack.max())
+
+    def wide(sample, ranks, numel):
+        return [order._Bracket(low, high, order._edges(np.sort(sample))) for _ in ranks]
+
+    monkeypatch.setattr(order, "_brackets", wide)
+    ranks = [[0, size // 2, size - 1], [7, size // 3, size - 2]]
+    found, outcome = statistics(stack, ranks, pieces=40, workers=workers, tile=1 << 15)
+    assert found == by_sorting(stack, ranks)
+    assert outcome.passes <= 3  # one counts, one finds, one merges
+
+
+def test_a_bracket_that_is_narrowed_in_vain_falls_back_to_the_exact_count(monkeypatch):
+    size = 300_000
+    stack = torch.randn(1, size, generator=torch.Generator().manual_seed(5))
+    monkeypatch.setattr(order, "_DISTINCT", 50)
+    monkeypatch.setattr(order, "_MOST", 100)
+    monkeypatch.setattr(order, "_EDGES", 2)
+    monkeypatch.setattr(order, "_brackets", lambda sample, ranks, numel: [order._Bracket(-9.0, 9.0) for _ in ranks])
+    found, outcome = statistics(stack, [[size // 2]], pieces=9)
+    assert found == by_sorting(stack, [[size // 2]])
+    assert outcome.passes == 3 + 2 + 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
