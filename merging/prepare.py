@@ -22,7 +22,7 @@ from taskvec.errors import MismatchError, NotAModelError, Problems, RecipeError,
 from taskvec.plan import Kernel, Plan, formula
 from taskvec.precision import FLOAT8, cancelled, dtype_named, is_float
 from taskvec.sizes import byte_count, bytes_text
-from taskvec.source import TensorInfo, TensorSource, names_matching
+from taskvec.source import TensorInfo, TensorSource, names_matching, paths_of
 from taskvec.sweep import TILE, Options, Scope, Stage, free_memory
 from taskvec.vector import TaskVector, assert_alike, is_task_vector
 from taskvec.views import Only, Renamed, Resized, Wide, stored_dtype
@@ -159,8 +159,7 @@ class Prepared:
 
     def input_paths(self) -> list[Path]:
         """Every file or folder that is read."""
-        found = [getattr(source, "path", None) for source in (self.base, *self.originals.values())]
-        return [path for path in found if path is not None]
+        return [path for source in (self.base, *self.originals.values()) for path in paths_of(source)]
 
     def companions(self) -> tuple[tuple[Path, ...], Path | None]:
         """The files beside the base's weights (without a base: the first model's), and their folder."""
@@ -244,6 +243,8 @@ def prepare(
     chosen = _method(recipe, problems)
     parameters = _parameters(recipe, chosen, problems)
     base = _open(recipe.base, recipe.base_revision, opened, problems) if recipe.base is not None else None
+    if base is not None and is_task_vector(base):
+        problems.add(f"base: {recipe.base} is a task vector; name the model that it was made from")
     if chosen is not None and chosen.needs_base and recipe.base is None:
         problems.add(
             f"base: {chosen.name} works on differences to a base; name the model that the tasks were tuned from"
@@ -263,9 +264,9 @@ def prepare(
         tasks.append(task)
     _same_twice(recipe, part.base_layers, problems)
     if out is not None:
-        inputs = [getattr(s, "path", None) for s in (base, *originals.values())]
+        inputs = [path for source in (base, *originals.values()) if source is not None for path in paths_of(source)]
         try:
-            check_output(output_path(out), [p for p in inputs if p is not None], overwrite=overwrite)
+            check_output(output_path(out), inputs, overwrite=overwrite)
         except TaskvecError as error:
             problems.add(str(error))
     if len(tasks) < len(recipe.tasks) or (recipe.base is not None and base is None) or chosen is None:
@@ -694,8 +695,9 @@ def _integers(first: TensorSource, tasks: list[Task], kept: list[str]) -> list[s
             if not t.is_delta and name in t.source.infos and not torch.equal(t.source.read(name), ours)
         ]
         if differ:
+            kind = "complex numbers" if info.dtype.is_complex else "integers"
             warnings.append(
-                f"{name}: {info.dtype} values differ in {shortened(differ)}; integers are never averaged, the base's are kept"
+                f"{name}: {info.dtype} values differ in {shortened(differ)}; {kind} are never averaged, the base's are kept"
             )
     return warnings
 

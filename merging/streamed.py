@@ -485,6 +485,16 @@ def provenance_of(path: "str | os.PathLike[str]") -> dict[str, Any]:
         ) from error
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise NotAModelError(f"{where}: {PROVENANCE} is not that of a merge made by taskvec.")
+    kinds: dict[str, type] = {"recipe": dict, "inputs": list, "outputs": dict, "companions": dict, "digests": dict}
+    optional: dict[str, dict[str, str]] = {
+        "companions": {},
+        "digests": {},
+    }  # a single file's header has no room for them
+    damaged = [key for key, kind in kinds.items() if not isinstance(found.get(key, optional.get(key)), kind)]
+    if damaged:
+        raise NotAModelError(f"{where}: {PROVENANCE} is damaged; it says nothing that fits of {shortened(damaged)}.")
+    if found.get("version") != 1:
+        raise NotAModelError(f"{where}: {PROVENANCE} is of version {found.get('version')}, not 1; use a newer taskvec.")
     return found
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Protocol, runtime_checkable
 
 import torch
@@ -113,6 +114,19 @@ def origin_of(source: TensorSource, name: str) -> "tuple[Any, str] | None":
     ask = getattr(source, "origin", None)
     found: tuple[Any, str] | None = None if ask is None else ask(name)
     return found
+
+
+def paths_of(source: Any) -> list[Path]:
+    """Every file or folder on disk that a source reads, through sums, differences and views.
+
+    These are what an output must not touch.
+    """
+    own: Path | None = getattr(source, "path", None)
+    inner = [getattr(source, key, None) for key in ("source", "base", "tuned", "vector")]
+    inner += [term for _, term in getattr(source, "terms", ())]
+    found = [own] if own is not None else []
+    found += [path for part in inner if part is not None for path in paths_of(part)]
+    return list(dict.fromkeys(found))
 
 
 @dataclass(frozen=True, slots=True)

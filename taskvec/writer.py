@@ -47,7 +47,7 @@ from taskvec.errors import (
 )
 from taskvec.precision import all_finite, config_in, dtype_named, is_float, rounded
 from taskvec.sizes import byte_count, bytes_text
-from taskvec.source import TensorInfo, TensorSource
+from taskvec.source import TensorInfo, TensorSource, paths_of
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
 _WRITE = 16 << 20  # bytes written by one call
@@ -531,6 +531,7 @@ def write(
 
     Raises:
         NonFiniteError: a task vector has NaN or infinity.
+        OutputError: the output is one of the files that the source reads, or lies in or around one.
         UsageError: there are no tensors.
     """
     source = as_source(source)
@@ -547,7 +548,6 @@ def write(
     root = getattr(source, "path", None)
     if stored is not None:
         files = {**_restated(beside, stored), **(files or {})}
-    inputs = [source.path] if isinstance(source, Checkpoint) else []
     is_vector = hasattr(source, "low_rank")  # what is stored already is copied as it is
     exact = source.read_flat if stored is None else getattr(source, "read_unrounded", source.read_flat)
     with CheckpointWriter(
@@ -557,7 +557,7 @@ def write(
         metadata=metadata,
         companions=beside,
         companions_root=root if beside else None,
-        inputs=inputs,
+        inputs=paths_of(source),
         overwrite=overwrite,
     ) as writer:
         for name, info in infos.items():

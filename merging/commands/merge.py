@@ -222,10 +222,17 @@ def merge_command(
     with uncollected():
         from merging.streamed import merge
 
+    said: list[str] = []
+
+    def notice(message: str) -> None:
+        said.append(message)
+        say(message)
+
     with progress_bar() as progress:
-        merged = merge(recipe, out, overwrite=overwrite, resume=resume, progress=progress, notice=say)
+        merged = merge(recipe, out, overwrite=overwrite, resume=resume, progress=progress, notice=notice)
     for warning in merged.provenance["warnings"]:
-        say(f"warning: {warning}")
+        if f"warning: {warning}" not in said:
+            say(f"warning: {warning}")
     if as_json:
         print_json({"path": str(merged.path), **merged.provenance})
     else:

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 
 def test_help_imports_nothing_heavy():
@@ -105,6 +106,14 @@ def test_what_the_system_refuses_is_one_line_and_leaves_nothing(zoo, tmp_path):
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "writing model.safetensors failed (File too large)" in done.stderr
     assert "Trace" not in done.stderr and not list(tmp_path.glob("out*"))
+
+
+def test_a_warning_is_said_once(zoo, tmp_path, run):
+    for model in (zoo.base, zoo.tuned[0]):
+        state = load_file(model / "model.safetensors") | {"steps": torch.tensor([len(model.name)])}
+        save_file(state, model / "model.safetensors", metadata={"format": "pt"})
+    code, _, err = run("merge", "--base", zoo.base, "-m", "task_arithmetic", tmp_path / "out", zoo.tuned[0])
+    assert code == 0 and err.count("integers are never averaged") == 1
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-"])
@@ -232,7 +241,7 @@ def test_killed_at_twenty_moments_the_output_is_absent_or_whole(slow_zoo, tmp_pa
     began = time.monotonic()
     whole = start(slow_zoo, tmp_path / "whole")
     whole.communicate()
-    took = time.monotonic() - began
+    took = min(time.monotonic() - began, 10)  # a machine that was busy then need not be slept for twenty times
     assert whole.returncode == 0
     seen = set()
     for moment in range(20):

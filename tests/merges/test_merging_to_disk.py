@@ -346,6 +346,17 @@ def test_tokenizers_with_other_vocabularies_are_warned_of(zoo, tmp_path):
     assert not [w for w in made.warnings if "ft2: its tokenizer" in w]
 
 
+@pytest.mark.parametrize("key", ["recipe", "inputs", "outputs", "companions", "digests", "version"])
+@pytest.mark.parametrize("value", [None, 5, "x"])
+def test_damaged_provenance_is_said_to_be_damaged(zoo, tmp_path, key, value):
+    out = tmp_path / "out"
+    merge(Recipe.from_data(zoo.recipe()), out)
+    facts = json.loads((out / "taskvec.json").read_text())
+    (out / "taskvec.json").write_text(json.dumps({**facts, key: value}))
+    with pytest.raises(NotAModelError, match="use a newer taskvec" if key == "version" else f"damaged; .* of {key}"):
+        verify(out, deep=True)
+
+
 def test_what_a_killed_check_left_is_removed_by_the_next(zoo, tmp_path):
     out = tmp_path / "out"
     merge(Recipe.from_data(zoo.recipe()), out)

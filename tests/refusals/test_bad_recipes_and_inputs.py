@@ -8,7 +8,16 @@ from safetensors.torch import load_file, save_file
 
 from merging import Recipe, merge, merge_stacks
 from merging.prepare import prepare
-from taskvec.errors import MismatchError, NonFiniteError, NotFoundError, ParameterError, RecipeError, UsageError
+from taskvec import TaskVector, write
+from taskvec.errors import (
+    MismatchError,
+    NonFiniteError,
+    NotFoundError,
+    OutputError,
+    ParameterError,
+    RecipeError,
+    UsageError,
+)
 
 
 def refused(data, out, words, kind=RecipeError):
@@ -279,6 +288,30 @@ def test_outputs_that_cannot_be(zoo, out):
     for place in (zoo.base, zoo.base / "merged", zoo.folder):
         with pytest.raises(RecipeError, match="inputs are never written to"):
             merge(Recipe.from_data(zoo.recipe()), place, overwrite=True)
+
+
+@pytest.mark.parametrize("command", ["apply", "save", "merge"])
+def test_what_is_read_through_sums_and_differences_is_not_written_over(zoo, tmp_path, command):
+    stored = TaskVector.between(zoo.base, zoo.tuned[0]).save(tmp_path / "v.safetensors")
+    files = [zoo.base / "model.safetensors", zoo.tuned[0] / "model.safetensors", stored]
+    before = [file.read_bytes() for file in files]
+    vector = TaskVector.load(stored)
+    for place in (zoo.base, stored, zoo.tuned[0]) if command == "save" else (zoo.base, stored):
+        with pytest.raises((OutputError, RecipeError), match="inputs are never written to"):
+            if command == "apply":
+                write(vector.apply_to(zoo.base), place, overwrite=True)
+            elif command == "save":
+                (TaskVector.between(zoo.base, zoo.tuned[0]) + 0.5 * vector).save(place, overwrite=True)
+            else:
+                merge(Recipe.from_data(zoo.recipe(tasks=[str(stored)])), place, overwrite=True)
+    with pytest.raises(OutputError, match="lies inside the input"):
+        TaskVector.between(zoo.base, zoo.tuned[0]).save(zoo.tuned[0] / "v.safetensors")
+    assert [file.read_bytes() for file in files] == before
+
+
+def test_a_task_vector_is_no_base(zoo, out, tmp_path):
+    stored = TaskVector.between(zoo.base, zoo.tuned[0]).save(tmp_path / "v.safetensors")
+    refused(zoo.recipe(base=str(stored)), out, "v.safetensors is a task vector; name the model")
 
 
 def test_a_disk_that_is_too_small(zoo, out, monkeypatch):
