@@ -579,7 +579,11 @@ class _Sweep:
             return joined.result
 
         def work(stored: Stored, squares: Any) -> None:
-            part, base_finite = part_of(stored, squares)
+            try:
+                part, base_finite = part_of(stored, squares)
+            except (ValueError, OverflowError):  # NaN and infinity are no multiples of anything
+                self._blame(self.deltas.tile(stored.name, stored.start, stored.stop))
+                raise
             if squares is not None:
                 self._take_squares(stored, squares, base_finite)
             joined.add(part)
