@@ -23,7 +23,7 @@ from merging.learn.factored import Probes
 from merging.learn.inplace import InPlace, PullBack
 from taskvec.blocks import layer_key
 from taskvec.coefficients import MOST_PARTS, Coefficients, Region, column_names, partition_index
-from taskvec.errors import LearningError, MismatchError, Problems, UsageError, did_you_mean, shortened
+from taskvec.errors import LearningError, MismatchError, NonFiniteError, Problems, UsageError, did_you_mean, shortened
 from taskvec.precision import compute_dtype
 
 Granularity = Literal["global", "layer", "block", "matrix", "row", "column", "qkv"]
@@ -342,7 +342,18 @@ class Composition:
 
     @torch.no_grad()
     def compose_(self) -> Self:
-        """Write θ0 + Σ c ⊙ τ into the module's own parameters (`linear`: make its forward the first-order model)."""
+        """Write θ0 + Σ c ⊙ τ into the module's own parameters (`linear`: make its forward the first-order model).
+
+        Raises:
+            NonFiniteError: a coefficient is NaN or infinite.
+        """
+        bad = (~torch.isfinite(self._flat())).nonzero().tolist()
+        if bad:
+            task, column = bad[0]
+            block = self.blocks[column // max(self.parts, 1)]
+            raise NonFiniteError(
+                f"coefficient of task {self.tasks[task]!r} and block {block}", "the composition", len(bad)
+            )
         self._compose(rows=False)
         return self
 

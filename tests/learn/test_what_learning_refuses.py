@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 from merging.learn.atlas import device_named
+from merging.learn.composition import Composition
 from merging.learn.data import texts
 from merging.learn.objectives import Entropy, Supervised
-from taskvec.errors import DataError, UsageError
+from taskvec.errors import DataError, NonFiniteError, UsageError
 
 
 class Tokens(nn.Module):
@@ -46,3 +47,15 @@ def test_a_text_that_is_null_is_told_from_a_column_that_is_missing():
         )
     with pytest.raises(DataError, match="Did you mean 'texts'"):
         texts("a", [{"texts": "x", "label": 1}], None, text="text", label="label", classes=None, batch=2, max_length=8)
+
+
+@pytest.mark.parametrize("partitions", [None, (3, 0)])
+def test_a_coefficient_that_is_no_number_is_not_composed(partitions):
+    model = nn.Linear(3, 2)
+    before = model.weight.detach().clone()
+    vectors = {task: {"weight": torch.ones(2, 3), "bias": torch.ones(2)} for task in ("one", "two")}
+    composition = Composition(model, vectors, partitions=partitions)
+    composition.coefficients[1, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match="coefficient of task 'two' and block weight: the composition holds"):
+        composition.compose_()
+    assert torch.equal(model.weight, before)
