@@ -27,7 +27,7 @@ _COMMANDS: dict[str, tuple[str, str, str]] = {
     "inspect": ("look", "inspect_command", "Show what a checkpoint, adapter or task vector holds."),
     "compare": ("look", "compare", "Compare fine-tunes of one base, layer by layer."),
     "verify": ("look", "verify_command", "Check a merged model against its provenance."),
-    "learn": ("learn", "learn", "Learn coefficients or masks with data."),
+    "learn": ("learn", "learn", "Learn coefficients or masks with data; collect statistics."),
     "coefficients": ("learn", "coefficients", "Show learned coefficients."),
     "evaluate": ("dam", "evaluate", "Evaluate merged models; security reports."),
     "edit": ("edit", "edit", "Correct chosen answers of a language model; list and undo edits."),
