@@ -247,7 +247,7 @@ class Contributions:
         result = []
         for task in range(self.tasks):
             where = torch.cat([piece[task][0] for piece in pieces]) if pieces else torch.empty(0, dtype=torch.long)
-            values = torch.cat([piece[task][1] for piece in pieces]) if pieces else torch.empty(0)
+            values = torch.cat([piece[task][1] for piece in pieces]) if pieces else torch.empty(0, dtype=torch.float32)
             result.append(
                 torch.sparse_coo_tensor(
                     where[None], values, (numel,), device=device, is_coalesced=True, check_invariants=False
@@ -271,7 +271,7 @@ class Contributions:
         assert chosen is not None
         merged: dict[str, Tensor] = {}
         if self._packed is not None:
-            merged = {name: torch.empty(shape, device=device) for name, (shape, device) in self._like.items()}
+            merged = {name: torch.empty(shape, dtype=torch.float32, device=device) for name, (shape, device) in self._like.items()}
             self._packed.merged([weight * factor for weight in chosen], merged)
             return merged
         for name, (shape, device) in self._like.items():

@@ -33,6 +33,7 @@ from taskvec.errors import (
     NotAModelError,
     RecipeError,
     TaskvecError,
+    UsageError,
     VerificationError,
     shortened,
 )
@@ -83,7 +84,12 @@ def merge(
         RecipeError: everything that headers can tell is wrong, at once, before anything is read or written.
         NonFiniteError: an input holds NaN or infinity; names tensor and task.
         OutputError: the output cannot be written.
+        UsageError: `recipe` is no recipe, or `out` no name that a file can have.
     """
+    if not isinstance(recipe, Recipe):
+        raise UsageError(
+            f"merge: expected a Recipe (`Recipe.load(path)`, `Recipe.from_data(mapping)`), found {type(recipe).__name__}"
+        )
     return _in_stages(recipe, output_path(out), _Run(overwrite, resume, progress, notice))
 
 

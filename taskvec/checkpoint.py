@@ -117,6 +117,9 @@ class _File:
     def __del__(self) -> None:
         self.close()
 
+    def __reduce__(self) -> tuple[type["_File"], tuple[Path]]:
+        return _File, (self.path,)  # a copy opens the file itself: two that share a descriptor would both close it
+
     def _header(self) -> dict[str, _Place]:
         if self.size < 8:
             raise CorruptFileError(f"{self.path}: {self.size} bytes is too short for a safetensors file.")
@@ -564,6 +567,12 @@ class Checkpoint:
         """Raises ChangedFileError if a weight file was written to since it was opened."""
         for file in {id(place.file): place.file for place in self._places.values()}.values():
             file.check_unchanged()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.infos)

@@ -412,7 +412,7 @@ class ModelDeltas:
             stack = torch.empty(count, size, dtype=info.dtype)
         squares = None
         if native.usable() and info.dtype == torch.float32 and stored.known():
-            base = None if stored.base is None else torch.empty(size)
+            base = None if stored.base is None else torch.empty(size, dtype=torch.float32)
             sums = stored.squares() if watch is not None and self._masks is None else None
             if native.load(stored, stack, base, sums):
                 squares = sums

@@ -435,7 +435,7 @@ class Packed:
 @lru_cache
 def usable(device: torch.device) -> bool:
     """Whether kernels can be compiled and run on this device: Triton is there, but needs a C compiler too."""
-    value = torch.zeros(1, device=device)
+    value = torch.zeros(1, dtype=torch.float32, device=device)
     try:
         with _on(device):
             kernels.probe_kernel[(1,)](value)

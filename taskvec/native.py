@@ -418,7 +418,7 @@ def _inside(count: int) -> Tensor:
     """
     room: Tensor | None = getattr(_kept, "room", None)
     if room is None or room.numel() < count:
-        room = torch.empty(count)
+        room = torch.empty(count, dtype=torch.float32)
         if count <= _MOST_KEPT:
             _kept.room = room
     return room[:count]
@@ -428,7 +428,7 @@ def listed(stored: Stored, values: Values) -> Tensor:
     """The values themselves, float32 [row, n]."""
     library, level = _library()
     tile, what = _tile(stored), values._struct()
-    out = torch.empty(values.rows(len(stored.rows)), stored.count)
+    out = torch.empty(values.rows(len(stored.rows)), stored.count, dtype=torch.float32)
     library.tv_list(level, ctypes.byref(tile), ctypes.byref(what), out.data_ptr())
     return out
 

@@ -309,6 +309,12 @@ def test_what_is_read_through_sums_and_differences_is_not_written_over(zoo, tmp_
     assert [file.read_bytes() for file in files] == before
 
 
+@pytest.mark.parametrize("wrong", [None, "recipe.yaml", {"base": "b"}])
+def test_what_is_no_recipe_is_not_merged(out, wrong):
+    with pytest.raises(UsageError, match="expected a Recipe .* found"):
+        merge(wrong, out)
+
+
 def test_a_task_vector_is_no_base(zoo, out, tmp_path):
     stored = TaskVector.between(zoo.base, zoo.tuned[0]).save(tmp_path / "v.safetensors")
     refused(zoo.recipe(base=str(stored)), out, "v.safetensors is a task vector; name the model")

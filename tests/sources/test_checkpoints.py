@@ -1,5 +1,7 @@
 """Checkpoints: every kind opens, every broken one is refused by name, before anything else happens."""
 
+import copy
+import gc
 import json
 import pickle
 import struct
@@ -9,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from taskvec import Checkpoint, in_memory
+from taskvec import Checkpoint, TaskVector, in_memory
 from taskvec.checkpoint import content_hash, tensor_digest
 from taskvec.errors import (
     ChangedFileError,
@@ -289,6 +291,16 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(zoo):
         [opened.read(name) for name in opened.infos]
     with pytest.raises(ChangedFileError, match="was written to"):
         opened.check_unchanged()
+
+
+def test_copies_and_pickles_read_on_after_the_others_are_gone(zoo):
+    vector = TaskVector.between(Checkpoint.open(zoo.base), Checkpoint.open(zoo.tuned[0]))
+    expected = vector.read("lm_head.weight")
+    copies = [copy.deepcopy(vector), pickle.loads(pickle.dumps(vector)), copy.copy(vector)]
+    while copies:
+        assert torch.equal(copies.pop().read("lm_head.weight"), expected)
+        gc.collect()
+    assert torch.equal(vector.read("lm_head.weight"), expected)
 
 
 def test_an_unknown_tensor_names_the_nearest(zoo):
