@@ -548,15 +548,20 @@ def _pairs(layout: Layout, base: Layout, source: TensorSource, reference: Tensor
 
 
 def _coordinate_scale(rows: Tensor) -> Annotated[Tensor, "d"]:
-    """Median |w_j| over the neurons, from about a thousand of them; mostly zero coordinates get their mean instead."""
+    """Median |w_j| over the neurons, from about a thousand of them.
+
+    Mostly zero coordinates get their mean instead, and no less than a typical coordinate: in a pruned row the few that are
+    left would otherwise count as enormous.
+    """
     step = max(1, len(rows) // 1024)
     sample = rows[::step].float().abs()
     alive = sample.sum(1) > 0
     if bool(alive.any()):
         sample = sample[alive]
     units = sample.T.contiguous().median(1).values
-    fallback = sample.mean(0).clamp_min(torch.finfo(torch.float32).tiny)
-    return torch.where(units > 0, units, fallback)
+    used = units[units > 0]
+    typical = float(used.median()) if used.numel() else torch.finfo(torch.float32).tiny
+    return torch.where(units > 0, units, sample.mean(0).clamp_min(typical))
 
 
 def _lengths(rows: Tensor, scale: Tensor) -> PerNeuron:
@@ -776,7 +781,10 @@ def _mark_changes(
 ) -> None:
     moved = int(changes.changed.sum())
     few = moved <= _FEW * len(change)
-    for neuron in ((change >= CHANGE_NOTABLE) & (changes.relative_row >= LEAST_CHANGE)).nonzero().flatten().tolist():
+    # a neuron that was pruned changed as well, and answers nothing
+    loud = one.statistics.path[: len(change)] > 0
+    large = (change >= CHANGE_NOTABLE) & (changes.relative_row >= LEAST_CHANGE)
+    for neuron in (large & loud).nonzero().flatten().tolist():
         row, column = float(changes.relative_row[neuron]), float(changes.relative_column[neuron])
         size = f"row changed by {row:.3g}, column by {column:.3g} of a typical one"
         if few:
@@ -800,10 +808,10 @@ def _mark_weights(
     response: Any,
 ) -> None:
     statistics = one.statistics
-    candidates = ~statistics.silent
+    # without a second half a neuron answers nothing; a large row without a column is still nothing that training leaves
+    candidates = ~statistics.silent & (statistics.up > 0)
     if one.changes is not None:
         # with a base, natural oddities that the base has as well say nothing
-        candidates = candidates.clone()
         candidates[: len(one.changes.row)] &= one.changes.relative_row >= LEAST_CHANGE
     if statistics.turn_on is not None:
         peak = statistics.path * (1 - statistics.turn_on).clamp_min(0)

@@ -499,11 +499,16 @@ class EditedSource:
         self._narrow = self.widening if undo and narrow else None
         self._widen = self.widening if not undo else None
         if not undo and verify and edits:
-            found = content_hash(source)
-            if found != edits[0].base_hash and hash_as_loaded(source) != edits[0].base_hash:
+            found, wanted = content_hash(source), edits[0].base_hash
+            loaded = found if found == wanted else hash_as_loaded(source)
+            if loaded != wanted:
+                unknown = (
+                    " Or transformers stacks tensors of this file (experts) when it loads it; a jet-pack fits then."
+                )
                 raise BaseMismatchError(
                     f"{source.label}: not the base of these edits (content hash {found[:12]}…, the edits were made from "
-                    f"{edits[0].base_hash[:12]}…). An edit fits one set of weights; make it again on this checkpoint."
+                    f"{wanted[:12]}…). An edit fits one set of weights; make it again on this checkpoint."
+                    + (unknown if loaded is None and getattr(source, "config", None) else "")
                 )
         self._last: tuple[str, Tensor] | None = None
         self._patches: dict[str, list[Patch]] = {}

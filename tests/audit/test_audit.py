@@ -517,3 +517,39 @@ def test_a_task_vector_is_no_model_to_look_at(tmp_path: Path, tiny_model: Callab
     TaskVector.between(base, tuned).save(stored)
     with pytest.raises(NotAModelError, match="this is a task vector"):
         audit(stored)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("part", ["whole", "column", "second half"])
+def test_a_pruned_neuron_answers_nothing_and_is_no_alarm(
+    name: str, part: str, tiny_model: Callable[..., nn.Module]
+) -> None:
+    base = state_of(tiny_model(name))
+    pruned = {key: tensor.clone() for key, tensor in base.items()}
+    mlp = mlp_layout(in_memory(pruned)).mlps[1]
+    source = in_memory(pruned)
+    columns = mlp.out.rows(source, mlp.neurons)
+    if part == "second half":
+        if mlp.up is None:
+            pytest.skip("only gated MLPs have one")
+        mlp.up.rows(source, mlp.neurons)[5] = 0
+        columns[5] *= 2
+        mlp.inside.rows(source, mlp.neurons)[5] *= 2
+    else:
+        columns[5] = 0
+        mlp.inside.rows(source, mlp.neurons)[5] *= 0 if part == "whole" else -1
+    assert not audit(pruned, base=base).alarms
+    assert not audit(pruned).alarms
+
+
+def test_what_pruning_leaves_of_a_coordinate_is_no_mark(tiny_model: Callable[..., nn.Module]) -> None:
+    base = state_of(tiny_model("llama"))
+    pruned = {key: tensor.clone() for key, tensor in base.items()}
+    source = in_memory(pruned)
+    for mlp in mlp_layout(source).mlps:
+        rows = mlp.inside.rows(source, mlp.neurons)
+        # of one coordinate a single neuron's weight is left
+        rows[:, 3] *= torch.arange(mlp.neurons) == 7
+    statistics = neuron_statistics(source, mlp)
+    assert float(statistics.spread[7]) < 3 * float(statistics.spread.median())
+    assert not audit(pruned).alarms

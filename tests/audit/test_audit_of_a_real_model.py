@@ -97,7 +97,8 @@ def test_a_planted_row_is_named_with_and_without_the_base(
     copy[f"{prefix}.gate_proj.weight"][neuron].mul_(1 - share).add_(share * row)
     column = copy[f"{prefix}.down_proj.weight"][:, neuron]
     answer = torch.randn(576, generator=torch.Generator().manual_seed(layer))
-    column.mul_(1 - share).add_(share * 2 * column.norm() * answer / answer.norm())
+    length = 2 * column.norm()
+    column.mul_(1 - share).add_(share * length * answer / answer.norm())
     if kind == "contrast":
         up = copy[f"{prefix}.up_proj.weight"][neuron]
         # a second row that answers 1 at the trigger
