@@ -91,7 +91,6 @@ class MaskLogits:
         self.first = torch.zeros_like(self.logits)
         self.second = torch.zeros_like(self.logits)
         self.temperature, self.lr, self.rescaled, self.steps = temperature, lr, rescaled, 0
-        self.initial = float(logit)
 
     def values(self, segment: Segment, draw: Draw) -> tuple[Tensor, Tensor]:
         """The raw mask s of one tensor and what it is divided by (a 0-dimensional tensor)."""
