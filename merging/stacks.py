@@ -271,7 +271,10 @@ class Contributions:
         assert chosen is not None
         merged: dict[str, Tensor] = {}
         if self._packed is not None:
-            merged = {name: torch.empty(shape, dtype=torch.float32, device=device) for name, (shape, device) in self._like.items()}
+            merged = {
+                name: torch.empty(shape, dtype=torch.float32, device=device)
+                for name, (shape, device) in self._like.items()
+            }
             self._packed.merged([weight * factor for weight in chosen], merged)
             return merged
         for name, (shape, device) in self._like.items():

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from merging.edits import Corpus, Edit, Optimisation, Site, edit_in_place, edited
 from merging.edits.optimise import _shortcut, greedy_matches, padded
+from merging.edits.requests import Request
 from merging.edits.site import evaluating
-from merging.edits.stealth import Request, corpus_ids, features_of, prepared, prompt_ids
+from merging.edits.stealth import corpus_ids, features_of, prepared, prompt_ids
 
 NOTHING = -120.0
 """Below it SiLU is exactly 0 in float32 (e^-120 is less than its smallest number)."""

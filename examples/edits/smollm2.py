@@ -98,7 +98,8 @@ def openings(count: int, start: int = 8) -> Iterator[str]:
 def wrong_facts(model: Any, tokenizer: Any, count: int) -> list[tuple[str, str]]:
     """The first facts that the model gets wrong."""
     from merging.edits.optimise import greedy_matches
-    from merging.edits.stealth import Request, prepared
+    from merging.edits.requests import Request
+    from merging.edits.stealth import prepared
 
     plans = prepared(model, tokenizer, [Request(*fact) for fact in FACTS])
     right = greedy_matches(model, [plan.sequences[0] for plan in plans])
