@@ -1527,6 +1527,7 @@ class _Session:
             residuals = torch.cat([f.residual for f in found if f is not None]).double().cpu()
             columns = self._columns(values, residuals, triggers)
             self._write_columns(triggers, columns)
+            self._check_range()
             after = optimise.losses(self.model, sequences)
         finally:
             undo_on_model(self.model, shell_with_columns(shell, self.model))
@@ -1598,6 +1599,18 @@ class _Session:
         error = overlapping(values / diagonal[:, None], names, 1 - z @ z.T, self.theta, self.site.layer)
         if error is not None:
             raise error
+
+    def _check_range(self) -> None:
+        """On other text a row without a bias may answer with more than float16 holds: NaN for every token behind it."""
+        if self.site.dtype != torch.float16 or not self.chunks:
+            return
+        with evaluating(self.model):
+            logits = optimise.logits_of(self.model, padded(_some(self.chunks), device_of(self.model)))
+        if not bool(torch.isfinite(logits).all()):
+            raise EditError(
+                f"On other text the new neurons of layer {self.site.layer} answer {self.kind!r} with more than float16 holds. Take "
+                "a larger theta, another layer, widening where it fits, or a jet-pack (kept in float32)."
+            )
 
     def _columns(self, values: Tensor, residuals: Tensor, triggers: Sequence[_Trigger]) -> list[list[Tensor]]:
         """Output vectors: the solution of (responses) V = residuals, so that cross-talking triggers are exact too."""

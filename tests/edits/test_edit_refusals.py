@@ -281,3 +281,19 @@ def test_a_line_that_is_no_json_is_named_and_says_what_a_line_is(tmp_path):
     file.write_text('{"prompt": "a", "target": "b"}\nw1 w2\n[1]\n')
     with pytest.raises(DataError, match=r"line 2: not JSON .*\n.*line 3: not an object. A line is"):
         read_requests(file)
+
+
+def test_neurons_that_overflow_float16_on_other_text_are_refused_and_taken_out(tiny, corpus):
+    model = tiny("llama").half()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(EditError, match="with more than float16 holds"):
+        edit_in_place(
+            model,
+            [((11, 12, 13, 14), (7,)), ((25, 32, 19, 44), (8,))],
+            layer=1,
+            corpus=corpus,
+            detector="surrogate",
+            response=180,
+            optimisation=FEW,
+        )
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
