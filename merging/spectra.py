@@ -3,6 +3,7 @@
 Directions in which a matrix is zero up to rounding are arbitrary: methods that flatten or whiten a spectrum would fill
 them with noise that differs between devices and precisions. Everything here therefore works with the directions whose
 singular value is above max(m, n) · ε · σ_1, ε of the *input's* precision, and says when that is fewer than min(m, n).
+Numbers that came through float32 on their way into float64 have float32's precision (`precision_of`).
 
 Arithmetic is float64. For float32 input the decomposition comes from the smaller Gram matrix: at the cut above, its
 squared singular values still have nine correct digits, and it costs a product and a symmetric eigenproblem only. On a
@@ -65,6 +66,15 @@ class Svd:
     def dense(self, values: Tensor | None = None) -> Tensor:
         """The matrix, with other singular values if given."""
         return (self.left * (self.values if values is None else values)) @ self.right.T
+
+
+def precision_of(stack: Tensor) -> torch.dtype:
+    """The dtype whose rounding the values carry: float32 where float64 holds nothing but float32's numbers.
+
+    Made in float32 and widened, a matrix of low rank has the rank of its rounding errors in float64.
+    """
+    widened = stack.dtype == torch.float64 and bool((stack.float() == stack).all())
+    return torch.float32 if widened else stack.dtype
 
 
 def svd(matrix: Tensor, dtype: torch.dtype | None = None, *, size: float | None = None, most: int | None = None) -> Svd:
@@ -225,28 +235,31 @@ class Isometry:
     mostly_rounding: bool
 
 
-def isometry(matrix: Tensor, *, floor: float = 0.0, drop: bool = False) -> Isometry:
+def isometry(matrix: Tensor, dtype: torch.dtype | None = None, *, floor: float = 0.0, drop: bool = False) -> Isometry:
     """The polar factor of a matrix with what there is to know of its spectrum.
 
     Args:
         matrix: [m, n].
+        dtype: precision of the data that it was made of; default: its own.
         floor: a size of singular values.
         drop: whether directions below it are left out.
     """
-    (found,) = isometries([matrix], [floor], drop=drop)
+    (found,) = isometries([matrix], dtype or matrix.dtype, [floor], drop=drop)
     return found
 
 
-def isometries(matrices: Sequence[Tensor], floors: Sequence[float], *, drop: bool = False) -> list[Isometry]:
+def isometries(
+    matrices: Sequence[Tensor], dtype: torch.dtype, floors: Sequence[float], *, drop: bool = False
+) -> list[Isometry]:
     """The same for several matrices of one shape (or lying down), each with a floor of its own."""
-    if not _prefers_products(matrices[0], matrices[0].dtype):
-        return [_isometry_of(svd(matrix), floor, drop) for matrix, floor in zip(matrices, floors)]
+    if not _prefers_products(matrices[0], dtype):
+        return [_isometry_of(svd(matrix, dtype), floor, drop) for matrix, floor in zip(matrices, floors)]
     found: list[Isometry | None] = []
     step = _at_once(matrices[0].shape)
     for at in range(0, len(matrices), step):
-        found += isometries_by_products(matrices[at : at + step], floors[at : at + step], drop=drop)
+        found += isometries_by_products(matrices[at : at + step], dtype, floors[at : at + step], drop=drop)
     missing = [at for at, known in enumerate(found) if known is None]
-    wholes = svds([matrices[at] for at in missing], matrices[0].dtype)
+    wholes = svds([matrices[at] for at in missing], dtype)
     for at, whole in zip(missing, wholes):
         found[at] = _isometry_of(whole, floors[at], drop)
     return [known for known in found if known is not None]
@@ -265,12 +278,12 @@ def _isometry_of(whole: Svd, floor: float, drop: bool) -> Isometry:
 
 
 def isometries_by_products(
-    matrices: Sequence[Tensor], floors: Sequence[float], *, drop: bool = False
+    matrices: Sequence[Tensor], dtype: torch.dtype, floors: Sequence[float], *, drop: bool = False
 ) -> list[Isometry | None]:
     """The same without eigenproblems; None where the rank is not full, or directions are to be left out."""
     talls, full = [_tall(matrix) for matrix in matrices], min(matrices[0].shape)
     grams = torch.stack([_gram(tall) for tall in talls])
-    factors = polars_by_products(talls, grams, torch.finfo(matrices[0].dtype).eps)
+    factors = polars_by_products(talls, grams, torch.finfo(dtype).eps)
     found: list[Isometry | None] = []
     for matrix, tall, gram, factor, floor in zip(matrices, talls, grams, factors, floors):
         low = floor > 0 and not bool(iterations.exceeds(gram[None], gram.new_tensor([floor * floor])))
@@ -405,15 +418,18 @@ class Isometric:
     """Asks for an `Isometry`; see `isometry`."""
 
     matrix: Tensor
+    dtype: torch.dtype
     floor: float = 0.0
     drop: bool = False
 
     @classmethod
     def answers(cls, asked: "Sequence[Isometric]") -> list[Isometry]:
         found: dict[int, Isometry] = {}
-        for (_, _, drop), places in _alike([(_tall(one.matrix).shape, one.matrix.dtype, one.drop) for one in asked]):
+        kinds = [(_tall(one.matrix).shape, one.dtype, one.drop) for one in asked]
+        for (_, dtype, drop), places in _alike(kinds):
             some = [asked[at] for at in places]
-            found |= zip(places, isometries([one.matrix for one in some], [one.floor for one in some], drop=drop))
+            floors = [one.floor for one in some]
+            found |= zip(places, isometries([one.matrix for one in some], dtype, floors, drop=drop))
         return [found[at] for at in range(len(asked))]
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from merging.method import Number, Patterns, Share, merge_method, plain_mean, weighted_rows
-from merging.spectra import is_weight_matrix, share_of_rank, svds
+from merging.spectra import is_weight_matrix, precision_of, share_of_rank, svds
 from taskvec.deltas import Deltas, Tile
 from taskvec.plan import Kernel
 
@@ -27,7 +27,7 @@ def cart(deltas: Deltas, *, share: Share = 0.08, gain: Number = 1.0, averaged: P
             return mean
         keep, total = share_of_rank(share, min(tile.shape)), mean.to(torch.float64, copy=True)
         rests = (delta.double() - mean for delta in weighted_rows(tile))
-        for part in svds(rests, mean.dtype, most=keep):
+        for part in svds(rests, precision_of(tile.stack), most=keep):
             total.add_(part.dense(), alpha=gain)
         return total.to(mean.dtype)
 

@@ -9,6 +9,7 @@ from merging.spectra import (
     Work,
     abreast,
     is_weight_matrix,
+    precision_of,
     rounding_floor,
     weights_norm,
     without_matrices,
@@ -50,7 +51,9 @@ def iso_c(
         total = tile.total()
         # independent errors of the tasks add in squares
         least = rounding_floor(tile, rounding_of(deltas, tile.name)) * weights_norm(tile)
-        found = watch.saw(tile.name, (yield Isometric(total, floor=least, drop=rounding == "drop")))
+        found = watch.saw(
+            tile.name, (yield Isometric(total, precision_of(tile.stack), floor=least, drop=rounding == "drop"))
+        )
         watch.rounded(tile.name, found.mostly_rounding)
         if found.kept == 0:
             return total.zero_()

@@ -14,6 +14,7 @@ from merging.spectra import (
     Work,
     abreast,
     is_weight_matrix,
+    precision_of,
     rounding_floor,
     weights_norm,
     without_matrices,
@@ -56,7 +57,7 @@ def iso_cts(
     def kernel(tile: Tile) -> Work:
         if not is_weight_matrix(tile.name, tile.shape, averaged):
             return plain_mean(tile)
-        dtype, full, count = tile.stack.dtype, min(tile.shape), len(tile.tasks)
+        dtype, full, count = precision_of(tile.stack), min(tile.shape), len(tile.tasks)
         own = round((full - int(common * full)) / count)
         own = min(own, full // count)
         if own == 0:
@@ -84,6 +85,6 @@ def iso_cts(
             return torch.zeros_like(tile.stack[0])
         mean = values.sum() / (len(values) if mean_over == "rank" else full)
         left, right = yield Polars([lefts, rights], dtype)
-        return (left.mul_(mean) @ right.T).to(dtype)
+        return (left.mul_(mean) @ right.T).to(tile.stack.dtype)
 
     return kernel

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from merging.method import Patterns, Share, merge_method, plain_mean, weighted
-from merging.spectra import RankWatch, is_weight_matrix, svd, without_matrices
+from merging.spectra import RankWatch, is_weight_matrix, precision_of, svd, without_matrices
 from taskvec.deltas import Deltas, Tile
 from taskvec.plan import Plan, Report
 
@@ -40,7 +40,9 @@ def knots(
             return plain_mean(tile)
         stack = weighted(tile)
         count, rows, columns = stack.shape
-        found = watch.saw(tile.name, svd(stack.transpose(0, 1).reshape(rows, count * columns), stack.dtype))
+        found = watch.saw(
+            tile.name, svd(stack.transpose(0, 1).reshape(rows, count * columns), precision_of(tile.stack))
+        )
         # [task, rank, in]; made from the updates, so that where one is zero it has no sign to vote with
         coordinates = (found.left.T @ stack.double()) / found.values[:, None]
         merged = coordinates.mean(0) if rule == "mean" else _ties(coordinates, density)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from merging.method import Count, Patterns, Share, merge_method
-from merging.spectra import is_weight_matrix, share_of_rank, svds
+from merging.spectra import is_weight_matrix, precision_of, share_of_rank, svds
 from taskvec.deltas import Deltas, Tile
 from taskvec.plan import Kernel
 
@@ -34,7 +34,7 @@ def low_rank(
             return tile.stack
         result = torch.empty_like(tile.stack)
         keep = rank if rank is not None else share_of_rank(share, min(tile.shape))
-        parts = svds(tile.stack, tile.stack.dtype, most=None if energy is not None else keep)
+        parts = svds(tile.stack, precision_of(tile.stack), most=None if energy is not None else keep)
         for found, kept in zip(parts, result):
             if energy is not None:
                 total = found.values.square().cumsum(0)

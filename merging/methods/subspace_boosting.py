@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from merging.method import Fraction, Patterns, merge_method
-from merging.spectra import RankWatch, is_weight_matrix, svd
+from merging.spectra import RankWatch, is_weight_matrix, precision_of, svd
 from taskvec.deltas import Deltas, Tile
 from taskvec.plan import Plan, Report
 
@@ -29,7 +29,7 @@ def subspace_boosting(deltas: Deltas, *, share: Fraction, excluded: Patterns = (
         assert tile.merged is not None
         if not is_weight_matrix(tile.name, tile.shape, excluded):
             return tile.merged
-        found = watch.saw(tile.name, svd(tile.merged))
+        found = watch.saw(tile.name, svd(tile.merged, precision_of(tile.stack)))
         if found.rank == 0:
             return tile.merged
         reached = found.values.cumsum(0) >= share * found.values.sum() * (1 - 1e-12)

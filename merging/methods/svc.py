@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from merging.method import Patterns, Positive, merge_method
-from merging.spectra import is_weight_matrix, svd
+from merging.spectra import is_weight_matrix, precision_of, svd
 from taskvec.deltas import Deltas, Tile
 from taskvec.errors import shortened
 from taskvec.plan import Plan, Report
@@ -39,7 +39,7 @@ def svc(deltas: Deltas, *, floor: Positive = 1.0, excluded: Patterns = ()) -> Pl
         assert tile.merged is not None
         if not is_weight_matrix(tile.name, tile.shape, excluded):
             return tile.merged
-        found = svd(tile.merged)
+        found = svd(tile.merged, precision_of(tile.stack))
         merged_part = found.values[:, None] * found.right.T
         least = found.cut
         there = found.values[found.values > least]

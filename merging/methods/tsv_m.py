@@ -12,6 +12,7 @@ from merging.spectra import (
     Work,
     abreast,
     is_weight_matrix,
+    precision_of,
     rounding_floor,
     without_matrices,
 )
@@ -47,7 +48,7 @@ def tsv_m(
     def kernel(tile: Tile) -> Work:
         if not is_weight_matrix(tile.name, tile.shape, averaged):
             return plain_mean(tile)
-        dtype, keep = tile.stack.dtype, max(1, min(tile.shape) // len(tile.tasks))
+        dtype, keep = precision_of(tile.stack), max(1, min(tile.shape) // len(tile.tasks))
         parts, floor = [], rounding_floor(tile, rounding_of(deltas, tile.name))
         for task, part in enumerate((yield Decompositions(weighted_rows(tile), dtype, most=keep))):
             if part.rank < keep:
@@ -60,6 +61,6 @@ def tsv_m(
         values, lefts, rights = (torch.cat(sides, -1) for sides in zip(*((p.values, p.left, p.right) for p in parts)))
         del parts
         left, right = yield Polars([lefts, rights], dtype)
-        return (left.mul_(values) @ right.T).to(dtype)
+        return (left.mul_(values) @ right.T).to(tile.stack.dtype)
 
     return kernel

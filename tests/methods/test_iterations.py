@@ -27,7 +27,7 @@ SINGLE = torch.finfo(torch.float32).eps
 
 
 def isometry_by_products(one, *, floor=0.0, drop=False):
-    (found,) = isometries_by_products([one], [floor], drop=drop)
+    (found,) = isometries_by_products([one], one.dtype, [floor], drop=drop)
     return found
 
 
@@ -226,7 +226,7 @@ def test_polar_factors_of_several_shapes_and_ranks_are_those_one_by_one():
         if one is not None:
             assert apart(one, alone) < 1e-13
     wide = [tall.float().T for tall in talls]
-    for one, several in zip(wide, isometries_by_products(wide, [0.0] * 4)):
+    for one, several in zip(wide, isometries_by_products(wide, wide[0].dtype, [0.0] * 4)):
         alone = isometry_by_products(one)
         assert (several is None) == (alone is None)
         if several is not None:

@@ -349,3 +349,27 @@ def test_in_knots_a_task_that_changed_nothing_has_no_vote(dtype, density):
     stack[1] = 0
     found = merge_stacks("knots", {"w": stack}, density=density)["w"]
     torch.testing.assert_close(found, merge_stacks("knots", {"w": stack[[0, 2]]}, density=density)["w"])
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("iso_c", {}),
+        ("iso_cts", {}),
+        ("tsv_m", {}),
+        ("knots", {}),
+        ("knots", {"rule": "mean"}),
+        ("cart", {"share": 0.3}),
+        ("wudi", {"solver": "ridge"}),
+        ("task_arithmetic", {"preprocess": [{"method": "low_rank", "share": 0.3}]}),
+        ("task_arithmetic", {"postprocess": ["svc"]}),
+        ("task_arithmetic", {"postprocess": [{"method": "subspace_boosting", "share": 0.5}]}),
+    ],
+)
+def test_float32_numbers_give_the_same_when_they_come_in_float64(name, parameters):
+    # made in float32, so that in float64 they have the rank of their rounding errors
+    stack = low_rank_stacks().float()
+    single = merge_stacks(name, {"w": stack}, **parameters)["w"]
+    double = merge_stacks(name, {"w": stack.double()}, **parameters)["w"]
+    assert double.dtype == torch.float64
+    close(single, double, 1e-6)
