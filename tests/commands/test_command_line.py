@@ -280,6 +280,10 @@ def test_a_signal_ends_a_merge_soon_and_leaves_neither_output_nor_lock(slow_zoo,
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*lock"))
 
 
+# what a shell starts in the background ignores SIGINT, and so does what that starts
+_HEEDING = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_modules_load_ends_the_program_at_once(tmp_path, number):
     """An exception would be lost in the import system, or abort the process in the midst of torch's C++."""
@@ -287,7 +291,7 @@ def test_a_signal_while_modules_load_ends_the_program_at_once(tmp_path, number):
         f"import os\ntry:\n    os.kill(os.getpid(), {int(number)})\n    import this\nexcept BaseException:\n    os._exit(3)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", "from merging.commands import run; run()", "merge", "-m", "ties", "out", "a", "b"],
+        [sys.executable, "-c", _HEEDING + "from merging.commands import run; run()", "merge", "-m", "ties", "out", "a", "b"],
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)}, cwd=tmp_path,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (128 + number, "")
