@@ -45,7 +45,7 @@ from taskvec.errors import (
 from taskvec.live_names import Layouts, Names
 from taskvec.lora import blocks, finite, matrix_shape, summed
 from taskvec.precision import compute_dtype, dtype_name, dtype_named, rounded
-from taskvec.source import DeltaSource, LowRank, TensorInfo, TensorSource, in_memory
+from taskvec.source import DeltaSource, LowRank, TensorInfo, TensorSource, in_memory, paths_of
 from taskvec.sweep import Options, Progress, sweep
 from taskvec.vector import TaskVector
 from taskvec.writer import check_output, write_durably
@@ -489,7 +489,7 @@ class AdapterWriter:
         self.rank, self.other, self.solver, self.seed = Rank.parse(rank), other, solver, seed
         self.dtype, self.overwrite = dtype_named(dtype), overwrite
         path: Path | None = getattr(base, "path", None)
-        check_output(self.out, [path] if path is not None else [], overwrite=overwrite)
+        check_output(self.out, paths_of(base), overwrite=overwrite)
         self.base_name = base_name if base_name is not None else (str(path) if path is not None else None)
         self.task_type = task_type if task_type is not None else self._told_task_type()
         self.live = _Live(base)
@@ -907,8 +907,7 @@ def extract_lora(
         MismatchError: the models do not fit together, or tensors changed that LoRA cannot hold.
         OutputExistsError: `out` is taken.
     """
-    path: Path | None = getattr(tuned, "path", None)
-    check_output(Path(out), [path] if path is not None else [], overwrite=overwrite)
+    check_output(Path(out), paths_of(tuned), overwrite=overwrite)
     where = [getattr(source, "path", None) for source in (base, tuned)]
     facts: dict[str, Any] = {}
     if all(where):  # in memory, nothing could be made again

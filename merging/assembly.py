@@ -38,7 +38,7 @@ from taskvec.errors import (
     shortened,
 )
 from taskvec.precision import config_in, dtype_named
-from taskvec.source import TensorInfo, TensorSource, names_matching
+from taskvec.source import TensorInfo, TensorSource, bare, names_matching
 from taskvec.views import Renamed, Selected
 
 CONFIG = "config.json"
@@ -459,7 +459,7 @@ def _stacked(
         made = list(dict.fromkeys(n for source, span in zip(row, ranges) for n in placed.names(source, span)))
         pieces.append(_Piece(name, _part_recipe(recipe, spec, whole, tasks), placed, base_layers, made))
         depth = depth_of(row[0].infos).get(tower, 0)
-        config = getattr(_bare(row[0]), "config", {})
+        config = getattr(bare(row[0]), "config", {})
         origins += [Origin(config, depth, layer) for layer in range(*ranges[0])]
         first += counts[0]
     return pieces, _Stack(tower, 0, origins)
@@ -472,13 +472,6 @@ def _opens(path: str, opened: Opened, problems: Problems) -> bool:
         problems.add(str(error))
         return False
     return True
-
-
-def _bare(source: Any) -> TensorSource:
-    while hasattr(source, "source"):
-        source = source.source
-    found: TensorSource = source
-    return found
 
 
 def _step_name(step: Any) -> str:

@@ -19,11 +19,12 @@ from taskvec.blocks import depth_of
 from taskvec.checkpoint import Checkpoint
 from taskvec.deltas import ModelDeltas, Task, WeightsOf
 from taskvec.errors import MismatchError, NotAModelError, Problems, RecipeError, TaskvecError, UsageError, shortened
+from taskvec.memory import free_memory
 from taskvec.plan import Kernel, Plan, formula
 from taskvec.precision import FLOAT8, cancelled, dtype_named, is_float
 from taskvec.sizes import byte_count, bytes_text
 from taskvec.source import TensorInfo, TensorSource, names_matching, paths_of
-from taskvec.sweep import TILE, Options, Scope, Stage, free_memory
+from taskvec.sweep import TILE, Options, Scope, Stage
 from taskvec.vector import TaskVector, assert_alike, is_task_vector
 from taskvec.views import Only, Renamed, Resized, Wide, stored_dtype
 from taskvec.writer import check_output, output_path

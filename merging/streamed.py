@@ -38,7 +38,7 @@ from taskvec.errors import (
     shortened,
 )
 from taskvec.precision import compute_dtype, dtype_name, is_float
-from taskvec.source import TensorSource
+from taskvec.source import TensorSource, bare
 from taskvec.sweep import Options, Outcome, Progress, sweep
 from taskvec.writer import CheckpointWriter, assert_digests, output_path
 
@@ -384,7 +384,7 @@ def _refuse_other_base(assembly: Assembly, inputs: Sequence[Mapping[str, Any]]) 
     if prepared is None:
         return  # layers of one model may come twice
     by_source = {id(source): entry["content_hash"] for (_, source), entry in zip(assembly.sources(), inputs)}
-    hashes = {name: by_source[id(_bare(source))] for name, source in prepared.originals.items()}
+    hashes = {name: by_source[id(bare(source))] for name, source in prepared.originals.items()}
     if "duplicate_task" not in recipe.allow:
         seen: dict[str, str] = {}
         for task in prepared.tasks:
@@ -394,7 +394,7 @@ def _refuse_other_base(assembly: Assembly, inputs: Sequence[Mapping[str, Any]]) 
                     f"tasks: {other} and {task.name} have the same content. Give one a larger weight instead, or allow it "
                     "(`allow: [duplicate_task]`)"
                 )
-    base_hash = by_source[id(_bare(prepared.base))] if prepared.has_base else None
+    base_hash = by_source[id(bare(prepared.base))] if prepared.has_base else None
     if recipe.coefficients is not None:
         from taskvec.coefficients import Coefficients
 
@@ -404,16 +404,8 @@ def _refuse_other_base(assembly: Assembly, inputs: Sequence[Mapping[str, Any]]) 
         from taskvec.masks import Masks
 
         kinds = {task.name: "vector" if task.is_delta else "model" for task in prepared.tasks}
-        kinds |= {name: "adapter" for name, source in prepared.originals.items() if isinstance(_bare(source), Adapter)}
+        kinds |= {name: "adapter" for name, source in prepared.originals.items() if isinstance(bare(source), Adapter)}
         Masks.load(recipe.masks).check(base_hash=base_hash, task_hashes=hashes, task_kinds=kinds)
-
-
-def _bare(source: Any) -> TensorSource:
-    """The source behind renaming, resizing and leaving out."""
-    while hasattr(source, "source"):
-        source = source.source
-    found: TensorSource = source
-    return found
 
 
 def _findings(

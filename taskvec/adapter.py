@@ -11,7 +11,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,7 +48,7 @@ from taskvec.lora import (
     summed,
 )
 from taskvec.precision import compute_dtype, is_float
-from taskvec.source import LowRank, TensorInfo, TensorSource
+from taskvec.source import LowRank, TensorInfo, TensorSource, matches
 
 __all__ = ["Adapter", "is_adapter", "summed"]
 
@@ -224,7 +223,7 @@ class _Opening:
             leaf = next((leaf for leaf in _LEAVES if path.endswith(f".{leaf}")), None)
             inner = path.removesuffix(f".{leaf}").split(".") if leaf else path.split(".")
             clean = ".".join(part for part in inner if part not in _WRAPPERS)
-            if any(fnmatchcase(name, pattern) for pattern in self.skip for name in (clean, path)):
+            if matches(self.skip, clean, path):
                 self.skipped.append(key)
             elif path.endswith(".lora_velora_embed") and self.config["velora_config"]:
                 continue  # state of VeLoRA's backward pass

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from taskvec.errors import (
-    BaseMismatchError,
     CorruptFileError,
     MismatchError,
     NonFiniteError,
@@ -26,6 +25,7 @@ from taskvec.errors import (
     did_you_mean,
     shortened,
 )
+from taskvec.source import check_learned_with
 
 FORMAT = "taskvec.coefficients"
 MOST_PARTS = 1 << 16  # of a tensor, each with a coefficient of its own
@@ -237,21 +237,12 @@ class Coefficients:
             BaseMismatchError: the base, or a task, is another file than the one learned on.
             MismatchError: tensors or tasks are missing or unknown.
         """
-        if base_hash and self.base_hash and base_hash != self.base_hash:
-            raise BaseMismatchError(
-                f"{source}: learned on a base with hash {self.base_hash[:12]}, this base has {base_hash[:12]}. "
-                "Use the base they were learned on, or learn them again."
-            )
         changed = [
             f"{task} ({self.task_hashes[task][:12]}, now {digest[:12]})"
             for task, digest in (task_hashes or {}).items()
             if self.task_hashes.get(task, digest) != digest
         ]
-        if changed:
-            raise BaseMismatchError(
-                f"{source}: learned with other files for {shortened(changed)}. "
-                "Use the models they were learned on, or learn them again."
-            )
+        check_learned_with(source, base=self.base_hash, here=base_hash, changed=changed)
         problems = []
         if tasks is not None and tuple(tasks) != self.tasks:
             missing = [task for task in self.tasks if task not in tasks]

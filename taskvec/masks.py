@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from taskvec.errors import (
-    BaseMismatchError,
     CorruptFileError,
     MismatchError,
     MissingTensorError,
@@ -29,7 +28,7 @@ from taskvec.errors import (
     shortened,
 )
 from taskvec.precision import dtype_named, rounded
-from taskvec.source import TensorInfo
+from taskvec.source import TensorInfo, check_learned_with
 
 FORMAT = "taskvec.masks"
 VERSION = 1
@@ -167,22 +166,13 @@ class Masks:
             BaseMismatchError: the base, or a task, is another file than the ones learned with.
             MismatchError: tensors without a mask, or with one of another shape.
         """
-        if base_hash and self.base_hash and base_hash != self.base_hash:
-            raise BaseMismatchError(
-                f"{self.path}: learned on a base with hash {self.base_hash[:12]}, this base has {base_hash[:12]}. "
-                "Use the base they were learned on, or learn them again."
-            )
         changed = []
         for task, digest in (task_hashes or {}).items():
             kind = (task_kinds or {}).get(task)
             alike = {one: own for one, own in self.task_hashes.items() if self.task_kinds.get(one) == kind}
             if task in alike and digest not in alike.values():
                 changed.append(f"{task} ({alike[task][:12]}, now {digest[:12]})")
-        if changed:
-            raise BaseMismatchError(
-                f"{self.path}: learned with other files for {shortened(changed)}. "
-                "Use the models they were learned with, or learn them again."
-            )
+        check_learned_with(str(self.path), base=self.base_hash, here=base_hash, changed=changed)
         shapes = shapes or {}
         problems = Problems()
         lacking = [name for name in shapes if name not in self.infos]

@@ -127,9 +127,9 @@ static inline void NAME(row)(const tv_tile *tile, int task, int64_t at, int coun
         for (int i = 0; i < count; i++) to[i] = to[i] + base[i];
 }
 
-/* The magnitudes of one block of one row; returns the sum of their squares. */
+/* The magnitudes of one block of one row; returns the sum of their squares, if asked. */
 static inline double NAME(sizes)(const tv_tile *tile, int task, int64_t at, int count, const float *restrict base,
-                                 float *restrict to) {
+                                 float *restrict to, int summed) {
     if (tile->kinds[task] == BFLOAT16 && tile->relations[task] == LESS_BASE && tile->rows[task] &&
         count % (4 * LANES) == 0) {
         const uint16_t *raw = (const uint16_t *)tile->rows[task] + at;
@@ -143,10 +143,10 @@ static inline double NAME(sizes)(const tv_tile *tile, int task, int64_t at, int 
                 V(storeu)(to + k, SIZE(x));
             }
         double total = NAME(added)(sums[0], sums[1], sums[2], sums[3]);
-        return NAME(held)(total) ? total : NAME(squares)(to, count);
+        return !summed || NAME(held)(total) ? total : NAME(squares)(to, count);
     }
     NAME(row)(tile, task, at, count, base, to);
-    double total = NAME(squares)(to, count);
+    double total = summed ? NAME(squares)(to, count) : 0;
     uint32_t *bits = (uint32_t *)to;
     for (int i = 0; i < count; i++) bits[i] &= 0x7fffffffu;
     return total;
@@ -356,7 +356,7 @@ static inline int NAME(block)(const tv_tile *tile, int64_t at, int count, float 
     for (int task = 0; task < tile->tasks; task++) {
         double sum = 0;
         if (sizes) {
-            sum = NAME(sizes)(tile, task, at, count, base, rows[task]);
+            sum = NAME(sizes)(tile, task, at, count, base, rows[task], squares != 0);
         } else {
             NAME(row)(tile, task, at, count, base, rows[task]);
             if (squares) sum = NAME(squares)(rows[task], count);

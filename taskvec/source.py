@@ -1,15 +1,16 @@
 """Named tensors, read one at a time: what every checkpoint, adapter and state dict is to the rest of the library."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from taskvec.errors import MissingTensorError, did_you_mean
+from taskvec.errors import BaseMismatchError, MissingTensorError, did_you_mean, shortened
 
 Stack = Annotated[Tensor, "task *shape"]
 """One tensor of every task vector, stacked in task order."""
@@ -99,11 +100,14 @@ def shared_storage(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return aliases
 
 
-def names_matching(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
-    """The names that match any of the shell-style patterns (`*` also crosses dots), in their own order."""
-    from fnmatch import fnmatchcase
+def matches(patterns: Iterable[str], *spellings: str) -> bool:
+    """Whether a name, in any of its spellings, matches any of the shell-style patterns (`*` also crosses dots)."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns for name in spellings)
 
-    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+def names_matching(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    """The names that match any of the shell-style patterns, in their own order."""
+    return [name for name in names if matches(patterns, name)]
 
 
 def origin_of(source: TensorSource, name: str) -> "tuple[Any, str] | None":
@@ -113,6 +117,38 @@ def origin_of(source: TensorSource, name: str) -> "tuple[Any, str] | None":
     """
     ask = getattr(source, "origin", None)
     found: tuple[Any, str] | None = None if ask is None else ask(name)
+    return found
+
+
+def check_learned_with(where: str, *, base: str | None, here: str | None, changed: Sequence[str]) -> None:
+    """Whether what was learned is used with the files that it was learned with.
+
+    Args:
+        where: how to name what was learned.
+        base: content hash of the base that it was learned on, if known.
+        here: that of the base it is used with, if known.
+        changed: tasks whose files are others, with their hashes.
+
+    Raises:
+        BaseMismatchError: the base or a task is another file.
+    """
+    if here and base and here != base:
+        raise BaseMismatchError(
+            f"{where}: learned on a base with hash {base[:12]}, this base has {here[:12]}. "
+            "Use the base they were learned on, or learn them again."
+        )
+    if changed:
+        raise BaseMismatchError(
+            f"{where}: learned with other files for {shortened(changed)}. "
+            "Use the models they were learned with, or learn them again."
+        )
+
+
+def bare(source: Any) -> TensorSource:
+    """The source behind renaming, resizing and leaving out."""
+    while hasattr(source, "source"):
+        source = source.source
+    found: TensorSource = source
     return found
 
 

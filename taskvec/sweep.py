@@ -1218,7 +1218,6 @@ __all__ = [
     "Outcome",
     "Progress",
     "Stage",
-    "free_memory",
     "sample_blocks",
     "sweep",
 ]

@@ -435,10 +435,10 @@ class CheckpointWriter:
             self._close(shard)
         (self._partial / _JOURNAL).unlink(missing_ok=True)
         if self.single:
-            self._publish(self._partial / self._shards[0].file)
+            _publish(self._partial / self._shards[0].file, self.out, overwrite=self._overwrite)
         else:
             self._beside(files or {})
-            self._publish(self._partial)
+            _publish(self._partial, self.out, overwrite=self._overwrite)
         self._finished = True
         self._discard()
         return self.out
@@ -459,21 +459,6 @@ class CheckpointWriter:
         for name, content in contents.items():
             write_durably(self._partial / name, content)
         _sync_folder(self._partial)
-
-    def _publish(self, made: Path) -> None:
-        if os.path.lexists(self.out) and self._overwrite:
-            if not _exchange(made, self.out):
-                old = self.out.with_name(f"{self.out.name}.replaced-{os.getpid()}")
-                os.rename(self.out, old)
-                os.rename(made, self.out)
-                _remove(old)
-            else:
-                _remove(made)
-        elif os.path.lexists(self.out):
-            raise OutputExistsError(f"{self.out}: appeared while this run was writing. Refusing to replace it.")
-        else:
-            os.rename(made, self.out)
-        _sync_folder(self.out.parent)
 
     def __enter__(self) -> Self:
         return self
@@ -688,6 +673,49 @@ def write_atomically(path: "str | os.PathLike[str]", content: bytes, *, overwrit
         raise OutputError(f"{target}: cannot be written ({error.strerror}).") from error
     _sync_folder(target.parent)
     return target
+
+
+def write_folder_atomically(
+    path: "str | os.PathLike[str]", files: Mapping[str, bytes], *, overwrite: bool = False
+) -> Path:
+    """The same for a folder of small files.
+
+    Raises:
+        OutputExistsError: the path is taken and `overwrite` is not set.
+        OutputError: it cannot be written.
+    """
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        for name, content in files.items():
+            write_durably(partial / name, content)
+        _sync_folder(partial)
+        _publish(partial, target, overwrite=overwrite)
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written ({error.strerror}).") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _publish(made: Path, out: Path, *, overwrite: bool) -> None:
+    """Gives what was made its final name, in the place of what has it where that is wanted."""
+    if os.path.lexists(out) and not overwrite:
+        raise OutputExistsError(f"{out}: appeared while this run was writing. Refusing to replace it.")
+    if not os.path.lexists(out):
+        os.rename(made, out)
+    elif _exchange(made, out):
+        _remove(made)
+    else:
+        old = out.with_name(f"{out.name}.replaced-{os.getpid()}")
+        os.rename(out, old)
+        try:
+            os.rename(made, out)
+        except OSError:
+            os.rename(old, out)
+            raise
+        _remove(old)
+    _sync_folder(out.parent)
 
 
 def _sync_folder(folder: Path) -> None:

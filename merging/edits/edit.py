@@ -19,7 +19,7 @@ from merging.edits.stored import as_stored_names, hash_as_loaded
 from taskvec.checkpoint import Checkpoint, content_hash
 from taskvec.errors import BaseMismatchError, CorruptFileError, EditError, NotFoundError, OutputError, shortened
 from taskvec.precision import dtype_name
-from taskvec.source import InMemory, TensorInfo, TensorSource, in_memory
+from taskvec.source import InMemory, TensorInfo, TensorSource, in_memory, paths_of
 
 if TYPE_CHECKING:
     from merging.edits.report import Report
@@ -729,8 +729,7 @@ def apply_edits(
 
 
 def _inputs(source: Checkpoint | InMemory, edits: object) -> list[Path]:
-    files = [source.path] if isinstance(source, Checkpoint) else []
-    return [*files, Path(edits)] if isinstance(edits, str | PathLike) else files
+    return [*paths_of(source), *([Path(edits)] if isinstance(edits, str | PathLike) else [])]
 
 
 def _is_same(one: Edit, other: Edit) -> bool:

@@ -6,8 +6,6 @@ changes are stored, not the matrices, so edits can be added and removed one by o
 """
 
 import json
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +25,7 @@ from merging.edits.requests import Request, Requests, Text, requests_of
 from merging.edits.site import Site
 from merging.edits.stealth import Background, Prepared
 from taskvec.checkpoint import content_hash
-from taskvec.errors import BaseMismatchError, CorruptFileError, EditError, NotFoundError, OutputError
+from taskvec.errors import BaseMismatchError, CorruptFileError, EditError, NotFoundError
 from taskvec.precision import dtype_name
 from taskvec.source import in_memory
 
@@ -609,7 +607,7 @@ class JetPack:
         """
         from safetensors.torch import save
 
-        from taskvec.writer import check_output
+        from taskvec.writer import check_output, write_folder_atomically
 
         target = Path(folder)
         own = target.is_dir() and all(path.name in (WEIGHTS, DESCRIPTION) for path in target.iterdir())
@@ -639,12 +637,13 @@ class JetPack:
             "edits": [asdict(entry) for entry in self.entries],
             "already_right": [asdict(entry) for entry in self.skipped],
         }
-        _replace_folder(
+        write_folder_atomically(
             target,
             {
                 WEIGHTS: save({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}),
                 DESCRIPTION: (json.dumps(description, indent=2, ensure_ascii=False) + "\n").encode(),
             },
+            overwrite=True,
         )
 
     @classmethod
@@ -688,28 +687,6 @@ class JetPack:
             )
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise CorruptFileError(f"{folder}: cannot be read as a jet-pack ({error}).") from error
-
-
-def _replace_folder(target: Path, files: Mapping[str, bytes]) -> None:
-    """Writes files to a folder beside the target and puts it in the target's place by renaming."""
-    from taskvec.writer import write_durably
-
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    old = target.with_name(f".{target.name}.replaced-{os.getpid()}")
-    try:
-        for name, content in files.items():
-            write_durably(partial / name, content)
-        if target.is_dir() and any(target.iterdir()):
-            target.rename(old)
-        partial.rename(target)
-    except OSError as error:
-        raise OutputError(f"{target}: cannot be written ({error.strerror}).") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        elif old.exists():
-            old.rename(target)
 
 
 def _check_folds(site: Site) -> None:

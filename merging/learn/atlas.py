@@ -1,6 +1,5 @@
 """aTLAS (arXiv:2407.02880): one learned coefficient per task vector and block, from a configuration or from Python."""
 
-import fnmatch
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -41,7 +40,7 @@ from taskvec.errors import (
     did_you_mean,
 )
 from taskvec.live_names import Names
-from taskvec.source import TensorInfo, TensorSource
+from taskvec.source import TensorInfo, TensorSource, matches, names_matching
 
 
 class Head(nn.Module):
@@ -266,10 +265,10 @@ def _frozen(config: LearnConfig, composition: Composition) -> Tensor | None:
     if not config.frozen:
         return None
     blocks = composition.blocks
-    unused = [p for p in config.frozen if not any(fnmatch.fnmatchcase(block, p) for block in blocks)]
+    unused = [p for p in config.frozen if not names_matching(blocks, [p])]
     if unused:
         raise MismatchError([f"frozen: {p!r} matches no block." + did_you_mean(p, blocks) for p in unused])
-    found = torch.tensor([any(fnmatch.fnmatchcase(block, p) for p in config.frozen) for block in blocks])
+    found = torch.tensor([matches(config.frozen, block) for block in blocks])
     shape = composition.coefficients.shape
     return found.view(1, -1, *(1 for _ in shape[2:])).expand(shape).clone()
 
@@ -363,11 +362,7 @@ def _vectors(
     from taskvec.views import Only
 
     to_model = {there: here for here, there in names.items()}
-    wanted = {
-        there
-        for here, there in names.items()
-        if not any(fnmatch.fnmatchcase(here, p) or fnmatch.fnmatchcase(there, p) for p in config.exclude)
-    }
+    wanted = {there for here, there in names.items() if not matches(config.exclude, here, there)}
     problems = Problems()
     vectors: dict[str, _NamedAsModel] = {}
     hashes: dict[str, str] = {}

@@ -6,7 +6,6 @@ vectors: one to compose, one for the gradient. The authors' code runs autograd t
 numbers are the same.
 """
 
-import fnmatch
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -25,6 +24,7 @@ from taskvec.blocks import layer_key
 from taskvec.coefficients import MOST_PARTS, Coefficients, Region, column_names, partition_index
 from taskvec.errors import LearningError, MismatchError, NonFiniteError, Problems, UsageError, did_you_mean, shortened
 from taskvec.precision import compute_dtype
+from taskvec.source import matches, names_matching
 
 Granularity = Literal["global", "layer", "block", "matrix", "row", "column", "qkv"]
 GRANULARITIES: tuple[str, ...] = ("global", "layer", "block", "matrix", "row", "column", "qkv")
@@ -197,7 +197,7 @@ class Composition:
         sources = {task: _readable(vector, task) for task, vector in vectors.items()}
         own = dict(model.named_parameters())
         self.aliases = _aliases(model, own)
-        excluded = {name for name in own if any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)}
+        excluded = set(names_matching(list(own), exclude))
         shapes = {name: tuple(p.shape) for name, p in own.items() if p.dtype.is_floating_point and name not in excluded}
         fused = fused_projections(model) if granularity == "qkv" else None
         self._layout = layout(shapes, granularity, fused)
@@ -661,7 +661,7 @@ class Composition:
         known = {*own, *self.aliases, *(name for name, _ in self.model.named_buffers())}
 
         def excluded(name: str) -> bool:
-            return any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)
+            return matches(exclude, name)
 
         problems = Problems()
         for task, source in sources.items():

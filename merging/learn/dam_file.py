@@ -21,6 +21,7 @@ from taskvec.coefficients import Coefficients, Region
 from taskvec.errors import DataError, OutputError, OutputExistsError, RecipeError, UsageError, did_you_mean, shortened
 from taskvec.masks import save_masks
 from taskvec.precision import is_float
+from taskvec.source import matches
 
 # what `learn dam` shares with the other learners; the rest of `LearnConfig` has no meaning for it
 _SHARED = (
@@ -175,11 +176,7 @@ def learn_dam(config: DamFile, out: "str | Path") -> DamResult:
     names = names_in_checkpoint(model, base)
     vectors, hashes = _vectors(config, base, names)
     parameters = {name for name, _ in model.named_parameters()}
-    left = [
-        name
-        for name in parameters
-        if name not in names or any(_matches(n, config.exclude) for n in (name, names[name]))
-    ]
+    left = [name for name in parameters if name not in names or matches(config.exclude, name, names[name])]
     tokenizer = _tokenizer(config) if any(spec.path for spec in config.data.values()) else None
     data = {name: _Epochs(_data(config, name, spec, tokenizer)) for name, spec in config.data.items()}
     base_hash = content_hash(base)
@@ -196,7 +193,7 @@ def learn_dam(config: DamFile, out: "str | Path") -> DamResult:
         config=settings,
         seed=config.seed,
     )
-    unknown = sorted(name for name in parameters if name not in names and not _matches(name, config.exclude))
+    unknown = sorted(name for name in parameters if name not in names and not matches(config.exclude, name))
     if unknown:
         result.warnings.append(
             f"parameters of the model that the base has no tensor for are not merged: {shortened(unknown)}"
@@ -270,12 +267,6 @@ def _coefficients(path: str, names: Mapping[str, str], base_hash: str, task_hash
     )
 
 
-def _matches(name: str, patterns: list[str]) -> bool:
-    from fnmatch import fnmatchcase
-
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
 def evaluate_security(config: SecurityFile) -> SecurityReport:
     """The report that a configuration asks for."""
     from taskvec.checkpoint import Checkpoint
@@ -299,7 +290,7 @@ def evaluate_security(config: SecurityFile) -> SecurityReport:
     beside = [
         name
         for name in base.infos
-        if base.aliases.get(name, name) not in taken and name not in taken and not _matches(name, config.exclude)
+        if base.aliases.get(name, name) not in taken and name not in taken and not matches(config.exclude, name)
     ]
     merged = {}
     for label, path in config.merged.items():

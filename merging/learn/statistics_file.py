@@ -1,6 +1,5 @@
 """Statistics of the tasks' data from a configuration file, for the command line."""
 
-import fnmatch
 import glob
 import os
 import shutil
@@ -21,7 +20,7 @@ from merging.learn.statistics import called, fisher_diagonal, input_grams, input
 from taskvec.adapter import is_adapter
 from taskvec.checkpoint import Checkpoint
 from taskvec.errors import DataError, MismatchError, OutputError, OutputExistsError, UsageError, did_you_mean
-from taskvec.source import TensorSource
+from taskvec.source import TensorSource, matches
 from taskvec.vector import TaskVector, is_task_vector
 
 # what `learn statistics` shares with the other learners; the rest of `LearnConfig` has no meaning for it
@@ -207,11 +206,11 @@ def _logits(config: LearnConfig, head: Callable[[Tensor], Tensor] | None) -> Cal
 
 def _wanted(config: StatisticsFile, names: Mapping[str, str]) -> list[str]:
     """The parameters that get statistics: patterns may mean the model's names or the checkpoint's."""
-
-    def matches(name: str, patterns: list[str]) -> bool:
-        return any(fnmatch.fnmatchcase(spelling, p) for p in patterns for spelling in (name, names[name]))
-
-    found = [name for name in names if matches(name, config.include) and not matches(name, config.exclude)]
+    found = [
+        name
+        for name, there in names.items()
+        if matches(config.include, name, there) and not matches(config.exclude, name, there)
+    ]
     if not found:
         raise DataError(f"include: no parameter that the base has matches {config.include} and not {config.exclude}")
     return [glob.escape(name) for name in found]

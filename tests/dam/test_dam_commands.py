@@ -40,14 +40,20 @@ def labelled(epoch):
 """
 
 
+def beside(folder, monkeypatch, **modules):
+    """Works in a folder from which these modules can be imported, from a known seed."""
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    for name, text in modules.items():
+        (folder / f"{name}.py").write_text(text)
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def zoo(tmp_path, monkeypatch):
     from transformers import BertConfig, BertModel
 
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "dam_test_data.py").write_text(DATA)
-    torch.manual_seed(0)
+    beside(tmp_path, monkeypatch, dam_test_data=DATA)
     base = BertModel(
         BertConfig(
             vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
@@ -389,10 +395,7 @@ def failing(batch):
 def vision(tmp_path, monkeypatch):
     from transformers import ViTConfig, ViTForImageClassification
 
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "dam_vision_data.py").write_text(VISION)
-    torch.manual_seed(0)
+    beside(tmp_path, monkeypatch, dam_vision_data=VISION)
     model = ViTForImageClassification(
         ViTConfig(
             hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=8,
